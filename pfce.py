@@ -45,10 +45,11 @@ def partial_focal_cross_entropy(
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(alpha, (int, float)):
         wrong_alpha = not 0 <= alpha < float("inf")
     else:
-        alpha = torch.as_tensor(alpha).to(logits.device, non_blocking=True)
+        alpha = torch.as_tensor(alpha, dtype=dtype).to(logits.device, non_blocking=True)
         if alpha.shape not in ((), (C,)):
             raise ValueError(f"alpha must be one number or {C} weights, got {tuple(alpha.shape)}")
         wrong_alpha = ~((alpha >= 0) & alpha.isfinite()).all()
@@ -70,11 +71,11 @@ def partial_focal_cross_entropy(
         z = logits[(labelled[0], slice(None), *labelled[1:])]  # (P, C)
     else:
         z = logits.movedim(1, -1)[labelled]  # (P, C)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z.to(dtype)
 
     # 3. The formula, with s = log((1 − p) / p): no cancellation in 1 − p, and log(1 − p) is finite
     #    even where 1 − p underflows, so that gradients are finite for 0 < γ < 1 too.
-    others = z.scatter(1, y, torch.finfo(z.dtype).min)  # (P, C), the own class taken out
+    others = z.scatter(1, y, torch.finfo(dtype).min)  # (P, C), the own class taken out
     s = others.logsumexp(1, keepdim=True) - z.gather(1, y)  # (P, 1)
     minus_log_p, log_1_minus_p = F.softplus(s, threshold=40), F.logsigmoid(s)  # (P, 1)
     loss = (gamma * log_1_minus_p).exp() * minus_log_p  # (P, 1)

@@ -383,7 +383,7 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"error: {message}; see python train.py --help\n")
+        sys.exit(f"error: {message}; see python train.py --help")
 
 
 def whole(low: int):

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torchvision.models import ResNet34_Weights, resnet34
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+IMAGENET_URL = ResNet34_Weights.IMAGENET1K_V1.url  # of torchvision, 83 MB
+
 
 class Up(nn.Module):
     """One step up the decoder: upsample, concatenate the skip, two 3×3 conv–BatchNorm–ReLU."""
@@ -97,7 +99,7 @@ class UNet(nn.Module):
         """The class map of a Pillow image of any mode and size: (H, W) uint8, the image's own size.
 
         The image is scaled by `self.scale`, predicted in windows of at most `self.tile` pixels that
-        overlap by half and are blended with weights falling to 0 at their edges, and the blended
+        overlap by a quarter and are blended with weights falling to 0 at their edges, and the blended
         logits are brought back to the image's size.
         """
         was_training, device = self.training, self.mean.device
@@ -139,14 +141,14 @@ class UNet(nn.Module):
 def load_encoder(encoder: nn.Module, weights: str) -> None:
     """Load the ImageNet weights or those in a file, all parameters but those of the classifier."""
     if weights == "imagenet":
-        url = ResNet34_Weights.IMAGENET1K_V1.url
         try:
-            state = torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                IMAGENET_URL, check_hash=True, weights_only=True)
         except Exception as error:  # no network, no room, a broken file in the cache
             folder = f"{torch.hub.get_dir()}/checkpoints"
             raise OSError(
                 f"the ImageNet weights could not be loaded ({first_line(error)}): put "
-                f"{url.rsplit('/')[-1]} into {folder}, or start from random with --weights none"
+                f"{IMAGENET_URL.rsplit('/')[-1]} into {folder}, or start from random with --weights none"
             ) from None
     else:
         state = read_checkpoint(weights)
@@ -177,10 +179,10 @@ def first_line(error: Exception) -> str:
 
 
 def windows(length: int, tile: int) -> list[tuple[int, int]]:
-    """(start, length) of windows that cover `length`, evenly spread, overlapping by half or more."""
+    """(start, length) of windows that cover `length`, evenly spread, overlapping by a quarter."""
     if length <= tile:
         return [(0, length)]
-    steps = -(-(length - tile) // (tile // 2))  # rounded up
+    steps = -(-(length - tile) // (tile * 3 // 4))  # rounded up
     return [(round(i * (length - tile) / steps), tile) for i in range(steps + 1)]
 
 
