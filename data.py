@@ -111,7 +111,7 @@ def fetch(root: Path) -> None:
             f"kaggle.com/datasets/{KAGGLE_NAME} and unzip it into {root}; or, if Kaggle asks for an "
             "account, put its API token kaggle.json here or into ~/.kaggle; or try --demo, which "
             "needs nothing"
-        ) from None
+        ) from error
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def read_image(path: Path) -> Image.Image:
         raise FileNotFoundError(f"{path} does not exist") from None
     except Exception as error:  # Pillow's decoders meet broken files with many kinds of exception
         reason = str(error).replace(str(path), "the file").splitlines()[0]
-        raise ValueError(f"{path} cannot be read as an image ({reason}); replace it") from None
+        raise ValueError(f"{path} cannot be read as an image ({reason}); replace it") from error
 
 
 def read_mask(path: Path, palette) -> Tensor:

@@ -6,7 +6,7 @@
     m_i  1 where pixel i is labelled, 0 where its target is `ignore_index`
 
 The focal loss of Lin et al. 2017 (arXiv:1708.02002, eq. 5) over softmax probabilities, restricted
-to labelled pixels like the partial cross-entropy of Tang et al. 2018 (arXiv:1804.01346, eq. 2).
+to labelled pixels like the partial cross-entropy of Tang et al. 2018 (arXiv:1804.01346).
 Only labelled pixels are computed. This file needs torch and nothing else: copy it. Usage:
 
     loss = partial_focal_cross_entropy(model(image), label_map)  # label_map: 255 = no label
@@ -56,7 +56,8 @@ def partial_focal_cross_entropy(
 
     # 1. Where are the labels? (An ignore_index beyond target's type would wrap around to a class.)
     info = torch.iinfo(target.dtype)
-    m = target != ignore_index if info.min <= ignore_index <= info.max else target == target
+    fits = info.min <= ignore_index <= info.max
+    m = target != ignore_index if fits else torch.ones_like(target, dtype=torch.bool)
     labelled = _nonzero(m)  # one index vector (P,) per dimension of target
     y = target[labelled].long()[:, None]  # (P, 1)
     wrong_y = (y < 0) | (y >= C)

@@ -1,11 +1,11 @@
 """Every test of the project. Each name says what would be broken if the test failed.
 
-    python -m pytest             the tests: no network, no dataset, about two minutes on two cores
-    python test_pfce.py          a benchmark of the loss (timings are not tests)
+python -m pytest             the tests: no network, no dataset, about two minutes on two cores
+python test_pfce.py          a benchmark of the loss (timings are not tests)
 """
 
-import contextlib
 import csv
+import functools
 import http.server
 import io
 import itertools
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import statistics
@@ -317,21 +318,21 @@ def test_module_refuses_bad_options_when_it_is_made(options):
 
 
 def test_at_most_two_synchronisations_per_call():
-    class Count(TorchDispatchMode):
-        calls = []
+    calls = []
 
+    class Count(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if any(word in str(function) for word in ("nonzero", "local_scalar", "item", "equal")):
-                self.calls.append(str(function))
+                calls.append(str(function))
             return function(*args, **(kwargs or {}))
 
     logits, target = example(16, 13)  # a width on which the CPU does what a GPU does
     logits.requires_grad_()
     for alpha in (0.25, [1.0, 2, 3, 4], torch.ones(4)):
-        with Count() as count:
-            count.calls.clear()
+        calls.clear()
+        with Count():
             partial_focal_cross_entropy(logits, target, alpha=alpha).backward()
-        assert len(count.calls) <= 2, count.calls
+        assert 1 <= len(calls) <= 2, calls
 
 
 def test_no_dense_temporary_beyond_the_gradient():
@@ -631,7 +632,10 @@ def cli(*arguments) -> str | None:
 
 def metrics(folder, *without) -> list[dict]:
     with open(Path(folder) / "metrics.csv") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", *without)} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", *without)}
+            for row in csv.DictReader(file)
+        ]
 
 
 def assert_refused(message: str | None, *words, out=None) -> None:
@@ -645,7 +649,9 @@ def assert_refused(message: str | None, *words, out=None) -> None:
 def test_demo_as_a_user_starts_it_and_what_it_leaves(tmp_path):
     command = [sys.executable, HERE / "train.py", "--demo", "--epochs", "1"]
     env = os.environ | {"HOME": str(tmp_path)}
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     (out,) = (tmp_path / "runs").iterdir()
     assert {f.name for f in out.iterdir()} == {
@@ -762,12 +768,20 @@ def test_own_images_in_a_flat_folder_with_own_classes(tmp_path):
     folder = tmp_path / "crops"
     folder.mkdir()
     for name in ("one.JPG", "two.jpeg", "three.png"):
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(folder / name)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(
+            folder / name
+        )
     (tmp_path / "classes.csv").write_text("class,color\nvine,#2e7d32\nsoil,#8d6e63\n")
     (tmp_path / "clicks.csv").write_text(
         "image,x,y,class\none.JPG,3,4,vine\none.JPG,59,49,1\ntwo.jpeg,7.9,8.2,soil\n"
     )
-    quick = [*QUICK[:-2], "--classes", tmp_path / "classes.csv", "--clicks", tmp_path / "clicks.csv"]
+    quick = [
+        *QUICK[:-2],
+        "--classes",
+        tmp_path / "classes.csv",
+        "--clicks",
+        tmp_path / "clicks.csv",
+    ]
     assert cli("--data", folder, *quick, "--out", tmp_path / "run") is None
     clicks = (tmp_path / "run" / "clicks.csv").read_text().splitlines()[1:]
     assert clicks == ["one.JPG,3,4,vine", "one.JPG,59,49,soil", "two.jpeg,7,8,soil"]
@@ -780,7 +794,9 @@ def test_three_lines_of_the_readme_predict_with_a_trained_model(tiny, tmp_path, 
     code = (HERE / "README.md").read_text().split("<!-- tested -->\n```python\n")[1].split("```")[0]
     shutil.copy(next(tiny.rglob("*.jpg")), tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(HERE)}
+    )
     assert Image.open("classes.png").size == Image.open("photo.jpg").size
 
 
@@ -805,7 +821,9 @@ def test_three_lines_of_the_readme_predict_with_a_trained_model(tiny, tmp_path, 
 def test_wrong_clicks_are_refused_with_the_number_of_the_line(tiny, tmp_path, lines, words):
     path, out = tmp_path / "my.csv", tmp_path / "run"
     path.write_text(lines.replace("IMG", "Tile 1/images/image_part_001.jpg"))
-    assert_refused(cli("--data", tiny, *QUICK[:-2], "--clicks", path, "--out", out), "my.csv", *words, out=out)
+    assert_refused(
+        cli("--data", tiny, *QUICK[:-2], "--clicks", path, "--out", out), "my.csv", *words, out=out
+    )
 
 
 def test_the_same_click_twice_counts_once(tiny, tmp_path):
@@ -829,7 +847,7 @@ def test_wrong_classes_are_refused(tiny, tmp_path, lines):
 
 
 def first(root: Path, pattern: str) -> Path:
-    return sorted(root.rglob(pattern))[0]
+    return min(root.rglob(pattern))
 
 
 def drop_mask(root):
@@ -899,7 +917,9 @@ def all_unlabelled(root):
 )  # fmt: skip
 def test_wrong_data_is_refused_by_the_name_of_the_file(tiny, tmp_path, damage):
     words = damage(tiny)
-    assert_refused(cli("--data", tiny, *QUICK, "--out", tmp_path / "run"), *words, out=tmp_path / "run")
+    assert_refused(
+        cli("--data", tiny, *QUICK, "--out", tmp_path / "run"), *words, out=tmp_path / "run"
+    )
 
 
 def test_data_that_is_a_file_is_refused(tmp_path):
@@ -908,7 +928,7 @@ def test_data_that_is_a_file_is_refused(tmp_path):
 
 
 def test_unusual_but_sound_data_works(tiny, tmp_path, capsys):
-    one, two = sorted(tiny.glob("Tile 1/images/*"))[:2]
+    one = min(tiny.glob("Tile 1/images/*"))
     Image.open(one).convert("L").save(one.with_suffix(".JPEG"))  # grey, upper case
     one.unlink()
     mask = tiny / "Tile 1/masks/image_part_001.png"
@@ -944,6 +964,7 @@ def test_one_single_image_trains_with_nothing_to_score(tiny, tmp_path, capsys):
         (["--points", "some"], ["--points", "'some'"]),
         (["--batch-size", "nan"], ["--batch-size", "'nan'"]),
         (["--size", "31"], ["--size", "at least 32"]),
+        (["--size", "32", "--batch-size", "1"], ["--size 32", "BatchNorm"]),
         (["--scale", "0"], ["--scale", "above 0"]),
         (["--lr", "nan"], ["--lr", "'nan'"]),
         (["--lr", "inf"], ["--lr", "'inf'"]),
@@ -965,7 +986,11 @@ def test_one_single_image_trains_with_nothing_to_score(tiny, tmp_path, capsys):
     ],
 )
 def test_wrong_flags_are_refused(tiny, tmp_path, flags, words):
-    given = flags if "--resume" in flags else ["--data", tiny, "--weights", "none", "--out", tmp_path / "run", *flags]
+    given = (
+        flags
+        if "--resume" in flags
+        else ["--data", tiny, "--weights", "none", "--out", tmp_path / "run", *flags]
+    )
     assert_refused(cli(*given), *words, out=tmp_path / "run")
 
 
@@ -984,7 +1009,9 @@ def test_out_that_holds_a_run_is_refused_and_untouched(tiny, tmp_path):
     assert [f.read_text() for f in (tmp_path / "run").iterdir()] == ["precious"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny, tmp_path, monkeypatch
+):
     calls = itertools.count(1)
 
     def explode(*args, **kwargs):
@@ -1001,7 +1028,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 def start(*arguments, cwd) -> subprocess.Popen:
     command = [sys.executable, HERE / "train.py", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition, process, seconds=90):
@@ -1016,7 +1045,9 @@ def test_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_path):
     assert cli(*flags, "--out", tmp_path / "alone") is None
     out = tmp_path / "killed"
     process = start(*flags, "--out", out, cwd=tmp_path)
-    wait_for(lambda: out.exists() and (out / "metrics.csv").exists() and len(metrics(out)) >= 1, process)
+    wait_for(
+        lambda: out.exists() and (out / "metrics.csv").exists() and len(metrics(out)) >= 1, process
+    )
     wait_for(lambda: (out / "checkpoint.pt.partial").exists(), process)  # in the middle of a write
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -1031,6 +1062,7 @@ def test_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_path):
 
 def test_interrupted_before_the_first_epoch_resumes_too(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
+
         def stop(*args):
             raise KeyboardInterrupt
 
@@ -1095,7 +1127,7 @@ def kaggle_server(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    import kagglesdk.kaggle_env as kaggle_env
+    from kagglesdk import kaggle_env
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1131,16 +1163,33 @@ def archive(pairs=72, extra=()) -> bytes:
     return body.getvalue()
 
 
-FETCH = ["--weights", "none", "--size", "32", "--epochs", "1", "--points", "5", "--batch-size", "64"]
+FETCH = [
+    "--weights",
+    "none",
+    "--size",
+    "32",
+    "--epochs",
+    "1",
+    "--points",
+    "5",
+    "--batch-size",
+    "64",
+]
 
 
-def test_download_without_an_account_trains_and_a_second_run_downloads_nothing(kaggle_server, capfd):
+def test_download_without_an_account_trains_and_a_second_run_downloads_nothing(
+    kaggle_server, capfd
+):
     assert cli(*FETCH, "--out", "one") is None
     ((path, authorization),) = kaggle_server["requests"]
     assert "Dataset" in path and authorization is None
     printed = "".join(capfd.readouterr())
-    assert "data/Semantic" in printed and "KAGGLE_API_TOKEN" not in printed  # the client's help text
-    assert len(list(Path("data").rglob("*.jpg"))) == 72 and sorted(os.listdir("data")) == [data.FOLDER]
+    assert (
+        "data/Semantic" in printed and "KAGGLE_API_TOKEN" not in printed
+    )  # the client's help text
+    assert len(list(Path("data").rglob("*.jpg"))) == 72 and sorted(os.listdir("data")) == [
+        data.FOLDER
+    ]
     assert cli(*FETCH, "--out", "two") is None
     assert len(kaggle_server["requests"]) == 1
 
@@ -1182,14 +1231,122 @@ def test_download_without_room_on_the_disk_says_so(kaggle_server, monkeypatch):
 
 
 def test_download_with_kaggle_out_of_reach_says_what_to_do(kaggle_server, monkeypatch):
-    import kagglesdk.kaggle_env as kaggle_env
+    from kagglesdk import kaggle_env
 
-    monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9")
+    monkeypatch.setitem(
+        kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9"
+    )
     assert_refused(cli(*FETCH, "--out", "run"), "by hand", "kaggle.json", "--demo", out="run")
 
 
 def test_archive_cannot_write_outside_its_folder(kaggle_server, tmp_path):
-    kaggle_server["body"] = archive(extra=["../../evil.txt", "/evil.txt", f"{data.FOLDER}/../../evil"])
+    kaggle_server["body"] = archive(
+        extra=["../../evil.txt", "/evil.txt", f"{data.FOLDER}/../../evil"]
+    )
     root = data.find_dataset("data")
     outside = [p for p in tmp_path.rglob("*evil*") if root.resolve() not in p.parents]
     assert not outside and not Path("/evil.txt").exists()
+
+
+# ==== the benchmark of the loss ====
+
+
+def benchmark(blocks: int = 12, calls: int = 10) -> None:
+    """Forward and backward at 8×6×256×256 with 100 labels per image: time, memory, distance to the floor.
+
+    The label map is uint8, as train.py holds it; `F.cross_entropy` takes int64 only, so what needs
+    it pays for the conversion. Blocks of calls alternate, so that all meet the same machine.
+    """
+
+    def dense(logits, target):  # as most code does it: everywhere, then multiply by the mask
+        mask = (target != 255).float()
+        ce = F.cross_entropy(logits, target.clamp(max=5).long(), reduction="none")
+        return (0.25 * (1 - (-ce).exp()) ** 2 * ce * mask).sum() / mask.sum()
+
+    class Floor(torch.autograd.Function):  # one scan of the target, one write of the gradient
+        @staticmethod
+        def forward(ctx, logits, target):
+            ctx.save_for_backward(logits)
+            return logits.new_zeros(()) + (target != 255)[0, 0, 0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.zeros_like(ctx.saved_tensors[0]), None
+
+    contestants = {
+        "pfce.py": partial_focal_cross_entropy,
+        "dense focal formula": dense,
+        "F.cross_entropy": lambda z, t: F.cross_entropy(z, t.long(), ignore_index=255),
+        "floor": Floor.apply,
+    }
+    g = torch.Generator().manual_seed(0)
+    target = torch.stack(
+        [sample_points(torch.randint(6, (256, 256), generator=g), 100, g) for _ in range(8)]
+    ).to(torch.uint8)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, forward and backward")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        logits = torch.randn(8, 6, 256, 256, generator=g).to(memory_format=layout).requires_grad_()
+        times = {name: [] for name in contestants}
+        memory = {}
+
+        def step(loss, logits=logits):
+            logits.grad = None
+            loss(logits, target).backward()
+
+        for _ in range(blocks):
+            for name, loss in contestants.items():
+                for call in range(calls):
+                    started = time.perf_counter()
+                    step(loss)
+                    if call > 1:  # the first two find the caches full of another's data
+                        times[name].append(time.perf_counter() - started)
+        for name, loss in contestants.items():
+            logits.grad = None
+            memory[name] = extra_memory(functools.partial(step, loss), logits)
+        ours = statistics.median(times["pfce.py"])
+        print(f"{str(layout)[6:]:<22}    ms   × pfce.py   peak memory / gradient")
+        for name, values in times.items():
+            median = statistics.median(values)
+            print(f"  {name:<20} {median * 1e3:5.2f} {median / ours:9.1f} {memory[name]:14.2f}")
+
+
+def benchmark_predict(checkpoint: str) -> None:
+    """Do windows show? What do 10 000 × 10 000 pixels cost? On mosaics of the demo scenes."""
+    import unet
+
+    model = UNet.load(checkpoint)
+    scenes = [
+        data.draw_scene(np.random.default_rng([9, i]), *options)[0]
+        for i, options in enumerate(list(data.DEMO_TILES.values()) * 3)
+    ]
+
+    def mosaic(side):
+        canvas, corners = Image.new("RGB", (side, side)), itertools.cycle(scenes)
+        for y, x in itertools.product(range(0, side, 352), range(0, side, 384)):
+            canvas.paste(next(corners).crop((0, 0, 384, 352)), (x, y))
+        return canvas
+
+    def shifted(length, tile, regular=unet.windows):
+        half = tile // 2
+        return [(0, half + tile // 4)] + [(a + half, n) for a, n in regular(length - half, tile)]
+
+    image = mosaic(4000)
+    here = model.predict(image)
+    unet.windows, regular = shifted, unet.windows
+    there = model.predict(image)
+    unet.windows = regular
+    print(
+        f"windows of {model.tile} pixels at scale {model.scale:g}; 4000×4000 pixels, grid shifted by"
+    )
+    print(f"half a window: {(here != there).mean():.2%} of the pixels change their class")
+    image = mosaic(10_000)
+    started = time.time()
+    model.predict(image)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"10 000 × 10 000 pixels: {time.time() - started:.0f} s, peak memory {peak:.2f} GiB in all"
+    )
+
+
+if __name__ == "__main__":
+    benchmark() if len(sys.argv) == 1 else benchmark_predict(sys.argv[1])

@@ -58,11 +58,11 @@ def main(args: argparse.Namespace) -> None:
             history.append({"epoch": epoch, "loss": loss, **scores, "seconds": seconds})
             save(run)
             print(f"epoch {epoch}/{args.epochs}  {summary(history[-1])}", flush=True)
+        report(run)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; continue with: python train.py --resume {out}")
     except (FloatingPointError, OSError) as error:  # diverged, disk full
         sys.exit(f"\nerror: {error}; the last complete epoch is in {out}")
-    report(run)
 
 
 def prepare(args: argparse.Namespace) -> SimpleNamespace:
@@ -101,6 +101,11 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     if not training:
         raise ValueError(f"no image in {root} has a labelled pixel to train on")
     crops = cut(training, clicks, args)
+    last_batch = (len(crops) * CROPS_PER_IMAGE - 1) % args.batch_size + 1
+    if args.size == 32 and 1 in (args.batch_size, last_batch):
+        raise ValueError(
+            "--size 32 with one crop in a batch leaves BatchNorm one value; use --size 64"
+        )
 
     # 3. The network, random where it is not pretrained, and its optimiser.
     torch.manual_seed(args.seed)
@@ -510,4 +515,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted before the training began")

@@ -143,22 +143,21 @@ def load_encoder(encoder: nn.Module, weights: str) -> None:
     if weights == "imagenet":
         try:
             state = torch.hub.load_state_dict_from_url(
-                IMAGENET_URL, check_hash=True, weights_only=True)
+                IMAGENET_URL, check_hash=True, weights_only=True
+            )
         except Exception as error:  # no network, no room, a broken file in the cache
             folder = f"{torch.hub.get_dir()}/checkpoints"
             raise OSError(
                 f"the ImageNet weights could not be loaded ({first_line(error)}): put "
                 f"{IMAGENET_URL.rsplit('/')[-1]} into {folder}, or start from random with --weights none"
-            ) from None
+            ) from error
     else:
         state = read_checkpoint(weights)
-    if not isinstance(state, dict):
-        raise ValueError(f"{weights} does not hold a state dict but a {type(state).__name__}")
     try:
         encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     except Exception as error:
-        lines = str(error).splitlines()
-        raise ValueError(f"{weights} does not hold a ResNet-34: {' '.join(lines[1:])[:200]}")
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights} does not hold a ResNet-34: {reason}") from error
 
 
 def read_checkpoint(path):
@@ -171,7 +170,7 @@ def read_checkpoint(path):
         reason = first_line(error)
         raise ValueError(
             f"{path} is not a file of tensors that torch can read ({reason})"
-        ) from None
+        ) from error
 
 
 def first_line(error: Exception) -> str:
