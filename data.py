@@ -41,7 +41,7 @@ FOLDER = "Semantic segmentation dataset"  # what the archive unzips to
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
     """One photograph. `name` is its path in the dataset folder, `tile` the folder it lies in."""
 
@@ -151,15 +151,15 @@ def find_pairs(root: Path) -> list[tuple[Path, Path | None]]:
 # ---- read ----
 
 
-def read_image(path: Path) -> Image.Image:
-    """Any image file as 8-bit RGB. Raises ValueError with the file's name and what to do."""
+def read_image(path: Path, only_size: bool = False):
+    """Any image file as 8-bit RGB, or only its (W, H). Raises ValueError that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 if image.mode[0] in "IF":  # "I;16", "F": Pillow would clip, not scale
                     raise ValueError(f"{image.mode} pixels; convert it to 8 bits per channel")
-                return image.convert("RGB")
+                return image.size if only_size else image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise ValueError(f"{path} has more than {limit}, Pillow's limit; cut it up") from None
@@ -277,6 +277,7 @@ def read_clicks(path: str, root: Path, classes: list[str]) -> dict[str, Tensor]:
     image: path relative to `root`; x, y: pixels of that image from its top-left corner, (0, 0) is
     the top-left pixel; class: a name or an index. Raises ValueError with the number of the line.
     """
+    images = {image.relative_to(root).as_posix() for image in image_files(root)}
     label_maps: dict[str, Tensor] = {}
     seen_on: dict[tuple, int] = {}  # (image, x, y) → line
     try:
@@ -296,11 +297,11 @@ def read_clicks(path: str, root: Path, classes: list[str]) -> dict[str, Tensor]:
         if None in row.values() or None in row:
             raise ValueError(f"{where}: {len(header)} values expected, as in the first line")
         name, x, y, label = (row[key].strip() for key in ("image", "x", "y", "class"))
+        name = Path(name.replace("\\", "/")).as_posix()
+        if name not in images:
+            raise ValueError(f"{where}: there is no image {name} in {root}")
         if name not in label_maps:
-            file = root / name
-            if not file.is_file():
-                raise ValueError(f"{where}: there is no image {name} in {root}")
-            W, H = read_image(file).size
+            W, H = read_image(root / name, only_size=True)
             label_maps[name] = torch.full((H, W), IGNORE_INDEX, dtype=torch.uint8)
         H, W = label_maps[name].shape
         try:  # decimals, as labelling tools write them, fall into the pixel that they lie in

@@ -78,6 +78,9 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     out = Path(args.out)
     if not checkpoint and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists; choose another, or continue it with --resume {out}")
+    for flag in ("clicks", "classes"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).is_file():
+            raise ValueError(f"--{flag} {getattr(args, flag)}: there is no such file")
     device = usable_device(args.device)
 
     # 1. The images. Unlabeled may be learnt as a last class, but is never scored.
@@ -133,7 +136,11 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         out.mkdir(parents=True, exist_ok=True)
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         (out / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
-        data.write_clicks(out / "clicks.csv", {} if args.points == "all" else clicks, classes)
+        used = {} if args.points == "all" and not args.clicks else dict(clicks)
+        for epoch in range(2, args.epochs + 1) if args.resample else ():
+            for name, fresh in click(training, args, epoch).items():
+                used[name] = torch.where(fresh != IGNORE_INDEX, fresh, used[name])
+        data.write_clicks(out / "clicks.csv", used, classes)
         save(run)
     return run
 
@@ -270,26 +277,22 @@ def describe(run: SimpleNamespace) -> None:
     fresh = ", drawn afresh every epoch" if args.resample else ""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     tiles = len({s.tile for s in run.training + run.held_out})
-    print(
-        f"images   {run.root}: {len(run.training)} for training, {len(run.held_out)} held out,",
-        end="",
-    )
-    print(f" in {tiles} folders")
+    step = f"{args.batch_size} crops of {args.size}×{args.size} at scale {args.scale:g}"
+    lines = [
+        f"data      {run.root}, {tiles} folders",
+        f"images    {len(run.training)} for training, {len(run.held_out)} held out",
+        f"labels    {number:,} {kind}{fresh}, {number / len(points):.4%} of the training pixels",
+        "          " + ", ".join(f"{n} {s:.1%}" for n, s in zip(model.classes, shares.tolist())),
+        f"network   U-Net on ResNet-34, {parameters:.1f} million parameters, weights {args.weights}",
+        f"training  {args.epochs} epochs of {run.steps} steps, each {step}",
+        f"device    {run.device}, torch {torch.__version__}",
+        f"output    {run.out}",
+    ]
     if run.unclicked:
-        print(f"         {len(run.unclicked)} images have no click and are left out of training")
+        lines.insert(2, f"          {len(run.unclicked)} images have no click and are left out")
     if not run.held_out:
-        print("         nothing is held out with a mask: this run has nothing to score against")
-    print(f"labels   {number:,} {kind}{fresh}, {number / len(points):.4%} of the training pixels")
-    print("         " + ", ".join(f"{n} {s:.1%}" for n, s in zip(model.classes, shares.tolist())))
-    print(
-        f"network  U-Net on ResNet-34, {parameters:.1f} million parameters, weights: {args.weights}"
-    )
-    print(
-        f"training {args.epochs} epochs of {run.steps} steps, {args.batch_size} crops of {args.size}",
-        end="",
-    )
-    print(f"×{args.size} at scale {args.scale:g} each, on {run.device}, torch {torch.__version__}")
-    print(f"output   {run.out}", flush=True)
+        lines.insert(2, "          no held-out image has a mask: there is nothing to score against")
+    print(*lines, sep="\n", flush=True)
 
 
 def summary(row: dict) -> str:
@@ -355,24 +358,30 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
             panels.append(panel(sample.mask).resize(size, Image.Resampling.NEAREST))
         rows.append((sample.name, panels))
 
-    gap, top = 12, 110
-    height = top + sum(panels[0].height + 34 for _, panels in rows)
-    canvas = Image.new("RGB", (gap + (width + gap) * len(titles), height), "white")
-    pen = ImageDraw.Draw(canvas)
-    kind = "held-out images, never trained on" if run.held_out else "training images"
-    score = run.history[-1]["miou"]
-    head = kind + (f": mIoU {score:.2f}" if score is not None else "")
-    pen.text((gap, 8), head, "black", font)
-    x = gap
-    for name, color in zip(model.classes, model.palette):
-        pen.rectangle((x, 46, x + 20, 66), tuple(color), "black")
-        pen.text((x + 27, 46), name, "black", small)
-        x += 27 + pen.textlength(name, small) + 24
+    gap = 12
+    total_width = gap + (width + gap) * len(titles)
+    legend = list(zip(model.classes, model.palette))
     if run.held_out:
-        pen.rectangle((x, 46, x + 20, 66), "white", "black")
-        pen.text((x + 27, 46), "no label: not scored", "black", small)
+        legend.append(("no label: not scored", (255, 255, 255)))
+    x, y, places = gap, 46, []  # the legend wraps where it meets the right edge
+    for name, _ in legend:
+        needs = 27 + small.getlength(name) + 24
+        if x + needs > total_width:
+            x, y = gap, y + 28
+        places.append((x, y))
+        x += needs
+    top = y + 64
+    height = top + sum(panels[0].height + 34 for _, panels in rows)
+    canvas = Image.new("RGB", (total_width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    score = run.history[-1]["miou"]
+    head = "held-out images, never trained on" if run.held_out else "training images"
+    pen.text((gap, 8), head + (f": mIoU {score:.2f}" if score is not None else ""), "black", font)
+    for (name, color), (x, y) in zip(legend, places):
+        pen.rectangle((x, y, x + 20, y + 20), tuple(color), "black")
+        pen.text((x + 27, y), name, "black", small)
     for column, title in enumerate(titles):
-        pen.text((gap + column * (width + gap), 78), title, "black", font)
+        pen.text((gap + column * (width + gap), top - 32), title, "black", font)
     y = top
     for name, panels in rows:
         for column, image in enumerate(panels):
