@@ -116,7 +116,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     model.to(device, memory_format=torch.channels_last)
     model.classes, model.palette, model.scale = classes, [list(c) for c in palette], args.scale
     longest = max(max(c.labels.shape) for c in crops)
-    model.tile = min(max(longest, 256), 1280)  # windows as large as the training images were
+    model.tile = min(max(longest, 512), 1280)  # about as large as the training images; see predict
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     steps = math.ceil(len(crops) * CROPS_PER_IMAGE / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps * args.epochs)
@@ -326,7 +326,7 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
     titles = ["image", "labels" if dense else "clicks", "prediction", "ground truth"]
     if not run.held_out:
         titles.pop()
-    colors = torch.full((256, 3), 255, dtype=torch.uint8)
+    colors = torch.full((256, 3), 225, dtype=torch.uint8)  # light grey where there is no label
     colors[: len(model.palette)] = torch.tensor(model.palette, dtype=torch.uint8)
 
     def panel(class_map: Tensor) -> Image.Image:
@@ -362,7 +362,7 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
     total_width = gap + (width + gap) * len(titles)
     legend = list(zip(model.classes, model.palette))
     if run.held_out:
-        legend.append(("no label: not scored", (255, 255, 255)))
+        legend.append(("no label: not scored", (225, 225, 225)))
     x, y, places = gap, 46, []  # the legend wraps where it meets the right edge
     for name, _ in legend:
         needs = 27 + small.getlength(name) + 24
