@@ -77,18 +77,24 @@ def find_dataset(folder: str, demo: bool = False, download: bool = True) -> Path
 
 def image_files(root: Path) -> list[Path]:
     """All images below `root` in the order of their names, those in folders called masks left out."""
+    folders = {path: path.relative_to(root).parts[:-1] for path in all_files(root)}
+    return [path for path, parts in folders.items() if "masks" not in map(str.lower, parts)]
+
+
+def all_files(root: Path) -> list[Path]:
+    """Everything below `root` that is an image by its suffix, hidden files left out, sorted."""
     return sorted(
         path
         for path in root.rglob("*")
         if path.suffix.lower() in IMAGE_TYPES
-        and not any(p.lower() == "masks" or p[0] == "." for p in path.relative_to(root).parts)
+        and not any(part[0] == "." for part in path.relative_to(root).parts)
     )
 
 
 def fetch(root: Path) -> None:
     """Download the dataset from Kaggle and unzip it to `root/FOLDER`, all 72 pairs or nothing."""
     print(f"no images in {root}: downloading {KAGGLE_NAME} (32 MB) from Kaggle to {root / FOLDER}")
-    if Path("kaggle.json").is_file():  # a token beside the script counts too
+    if Path("kaggle.json").is_file():  # a token in the working directory counts too
         os.environ.setdefault("KAGGLE_CONFIG_DIR", os.getcwd())
     noise = io.StringIO()  # without a token, `import kaggle` logs in, fails and prints a long text
     try:
@@ -133,18 +139,21 @@ def find_pairs(root: Path) -> list[tuple[Path, Path | None]]:
     An image that lies in no `images` folder goes with the `masks` folder beside it. Raises
     ValueError for a mask without an image.
     """
-    pairs, used = [], set()
+    masks: dict[tuple[Path, str], Path] = {}  # (folder that holds `masks`, stem) → mask
+    for mask in all_files(root):
+        if mask.parent.name.lower() == "masks":
+            other = masks.setdefault((mask.parent.parent, mask.stem), mask)
+            if other != mask:
+                raise ValueError(f"{other} and {mask} are masks of the same image; remove one")
+    pairs = []
     for image in image_files(root):
         folder = image.parent.parent if image.parent.name.lower() == "images" else image.parent
-        masks = [m for m in folder.glob("[mM][aA][sS][kK][sS]/*") if m.stem == image.stem]
-        mask = next((m for m in masks if m.suffix.lower() in IMAGE_TYPES), None)
-        used.add(mask)
-        pairs.append((image, mask))
-    for mask in root.rglob("[mM][aA][sS][kK][sS]/*"):
-        if mask.suffix.lower() in IMAGE_TYPES and mask not in used:
-            raise ValueError(
-                f"{mask} has no image of the same name; add the image or remove the mask"
-            )
+        pairs.append((image, masks.get((folder, image.stem))))
+    orphans = set(masks.values()) - {mask for _, mask in pairs}
+    if orphans:
+        raise ValueError(
+            f"{min(orphans)} has no image of the same name; add the image or remove the mask"
+        )
     return pairs
 
 
@@ -159,6 +168,8 @@ def read_image(path: Path, only_size: bool = False):
             with Image.open(path) as image:
                 if image.mode[0] in "IF":  # "I;16", "F": Pillow would clip, not scale
                     raise ValueError(f"{image.mode} pixels; convert it to 8 bits per channel")
+                if image.getexif().get(0x0112, 1) != 1:  # some programs turn it, others do not
+                    raise ValueError("stored turned, by its EXIF orientation; save it upright")
                 return image.size if only_size else image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
@@ -166,8 +177,8 @@ def read_image(path: Path, only_size: bool = False):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except Exception as error:  # Pillow's decoders meet broken files with many kinds of exception
-        reason = str(error).replace(str(path), "the file").splitlines()[0]
-        raise ValueError(f"{path} cannot be read as an image ({reason}); replace it") from error
+        reason = (str(error) or type(error).__name__).replace(str(path), "the file").splitlines()[0]
+        raise ValueError(f"{path} cannot be used as an image ({reason})") from error
 
 
 def read_mask(path: Path, palette) -> Tensor:
@@ -219,15 +230,17 @@ def read_dataset(root: Path, palette, clicks: dict[str, Tensor] | None = None):
     where a file is missing, broken or does not fit its partner.
     """
     pairs = find_pairs(root)
+    folders: dict[Path, list[Path]] = {}
+    for image, _ in pairs:
+        folders.setdefault(image.parent, []).append(image)
+    last_two = {image for images in folders.values() for image in images[1:][-2:]}
     training, held_out, left_out = [], [], []
     for image, mask in pairs:
         name = image.relative_to(root).as_posix()
         if clicks is None:
             if mask is None:
                 raise ValueError(f"{image} has no mask of the same name in a masks folder")
-            folder = [other for other, _ in pairs if other.parent == image.parent]
-            last_two = folder.index(image) >= max(1, len(folder) - 2)
-            (held_out if last_two else training).append((image, mask))
+            (held_out if image in last_two else training).append((image, mask))
         elif name in clicks:
             training.append((image, mask))
         elif mask:
@@ -281,22 +294,23 @@ def read_clicks(path: str, root: Path, classes: list[str]) -> dict[str, Tensor]:
     label_maps: dict[str, Tensor] = {}
     seen_on: dict[tuple, int] = {}  # (image, x, y) → line
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: spreadsheets write a BOM
-    except UnicodeDecodeError:
-        raise ValueError(f"--clicks {path} is not a UTF-8 text file") from None
-    reader = csv.DictReader(io.StringIO(text))
-    header = [name.strip() for name in reader.fieldnames or []]
+        with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets add a BOM
+            reader = csv.DictReader(file)
+            header = [name.strip() for name in reader.fieldnames or []]
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--clicks {path} is not a CSV file in UTF-8 ({error})") from None
     missing = [name for name in ("image", "x", "y", "class") if name not in header]
     if missing:
         raise ValueError(
             f"{path}, line 1: no column {', '.join(missing)}; the first line must be image,x,y,class"
         )
-    reader.fieldnames = header
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
+    for line, row in rows:
+        where = f"{path}, line {line}"
         if None in row.values() or None in row:
             raise ValueError(f"{where}: {len(header)} values expected, as in the first line")
-        name, x, y, label = (row[key].strip() for key in ("image", "x", "y", "class"))
+        values = {key.strip(): value.strip() for key, value in row.items()}
+        name, x, y, label = (values[key] for key in ("image", "x", "y", "class"))
         name = Path(name.replace("\\", "/")).as_posix()
         if name not in images:
             raise ValueError(f"{where}: there is no image {name} in {root}")
@@ -321,7 +335,7 @@ def read_clicks(path: str, root: Path, classes: list[str]) -> dict[str, Tensor]:
             other = f"line {seen_on[name, x, y]}"
             raise ValueError(f"{where}: pixel ({x}, {y}) of {name} has another class in {other}")
         label_maps[name][y, x] = c
-        seen_on.setdefault((name, x, y), reader.line_num)
+        seen_on.setdefault((name, x, y), line)
     if not label_maps:
         raise ValueError(f"--clicks {path} holds no clicks")
     return label_maps
@@ -341,9 +355,10 @@ def read_classes(path: str) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Your own classes: CSV `class,color` with colours like #3C1098 → (names, palette)."""
     names, palette = [], []
     try:
-        rows = list(csv.reader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))))
-    except UnicodeDecodeError:
-        raise ValueError(f"--classes {path} is not a UTF-8 text file") from None
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--classes {path} is not a CSV file in UTF-8 ({error})") from None
     if not rows or [cell.strip() for cell in rows[0]] != ["class", "color"]:
         raise ValueError(f"{path}, line 1: the first line must be class,color")
     for line, row in enumerate(rows[1:], start=2):
@@ -354,8 +369,8 @@ def read_classes(path: str) -> tuple[list[str], list[tuple[int, int, int]]]:
                 f"{path}, line {line}: expected a class and a colour: Building,#3C1098"
             )
         rgb = tuple(bytes.fromhex(digits))
-        if name in names or rgb in palette:
-            raise ValueError(f"{path}, line {line}: this name or colour was given before")
+        if name in names or rgb in (*palette, UNLABELED, NO_DATA):
+            raise ValueError(f"{path}, line {line}: this name or colour is taken")
         names.append(name)
         palette.append(rgb)
     if not 2 <= len(names) < IGNORE_INDEX:
@@ -384,13 +399,13 @@ def shrink_points(points: Tensor, h: int, w: int) -> Tensor:
     """Carry every click to the size (h, w): label map (H, W) → (h, w) with as many labelled pixels.
 
     A click moves to the pixel that covers it. Of two that meet there, the second takes the nearest
-    free pixel: resizing the label map would lose nine of ten clicks, overwriting would lose a few.
+    free pixel: resizing the label map at scale 0.5 would lose three of four clicks, overwriting a few.
     """
     H, W = points.shape
     small = torch.full((h, w), IGNORE_INDEX, dtype=points.dtype)
     y, x = (points != IGNORE_INDEX).nonzero(as_tuple=True)  # (P,) each
     if len(y) > h * w:
-        raise ValueError(f"{len(y)} clicks do not fit on {w}×{h} pixels; give --points all")
+        raise ValueError(f"{len(y)} clicks do not fit on {w}×{h} pixels; raise --scale")
     Y, X = (2 * y + 1) * h // (2 * H), (2 * x + 1) * w // (2 * W)
     grid = small.numpy()  # shares the memory of `small`
     for row, column, c in zip(Y.tolist(), X.tolist(), points[y, x].tolist()):

@@ -89,7 +89,7 @@ def partial_focal_cross_entropy(
 
 def _nonzero(mask: Tensor) -> tuple[Tensor, ...]:
     """`mask.nonzero(as_tuple=True)`; on a CPU five times faster, by scanning 8 bools as one int64."""
-    if not mask.is_cpu or mask.shape[-1] % 8 or not mask.is_contiguous():
+    if not (mask.is_cpu and mask.is_contiguous() and mask.numel()) or mask.shape[-1] % 8:
         return mask.nonzero(as_tuple=True)
     octets = mask.view(torch.int64).nonzero(as_tuple=True)  # those with any label in them
     i, bit = mask.view(*mask.shape[:-1], -1, 8)[octets].nonzero(as_tuple=True)
@@ -103,10 +103,12 @@ class PartialFocalCrossEntropyLoss(nn.Module):
     def __init__(self, gamma=2.0, alpha=0.25, ignore_index=255, reduction="mean"):
         super().__init__()
         self.gamma, self.ignore_index, self.reduction = gamma, ignore_index, reduction
-        if not isinstance(alpha, (int, float)):
-            alpha = nn.Buffer(torch.as_tensor(alpha, dtype=torch.float32), persistent=False)
-        self.alpha = alpha
-        C = alpha.numel() if isinstance(alpha, Tensor) and alpha.ndim else 1
+        if isinstance(alpha, (int, float)):
+            self.alpha = alpha
+        else:
+            alpha = torch.as_tensor(alpha, dtype=torch.float32)
+            self.register_buffer("alpha", alpha, persistent=False)
+        C = alpha.numel() if isinstance(alpha, Tensor) else 1
         self(torch.zeros(1, C), torch.zeros(1, dtype=torch.long))  # refuse a bad option here
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

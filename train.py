@@ -37,7 +37,8 @@ from data import IGNORE_INDEX
 from pfce import partial_focal_cross_entropy
 from unet import UNet, read_checkpoint
 
-CROPS_PER_IMAGE = 4  # an epoch draws 4 crops per image: with S = 128 the pixels of one 256×256
+CROPS_PER_IMAGE = 4  # an epoch draws 4 crops per image: with S = 128 the pixels of one 256×256,
+MIN_STEPS = 10  # and at least 10 batches, so that a handful of images is trained on, too
 
 
 def main(args: argparse.Namespace) -> None:
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         report(run)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; continue with: python train.py --resume {out}")
-    except (FloatingPointError, OSError) as error:  # diverged, disk full
+    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"\nerror: {error}; the last complete epoch is in {out}")
 
 
@@ -72,24 +73,29 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         checkpoint = read_checkpoint(Path(args.resume) / "checkpoint.pt")
         if not isinstance(checkpoint, dict) or "config" not in checkpoint:
             raise ValueError(f"{args.resume}/checkpoint.pt is not a checkpoint of train.py")
-        args = argparse.Namespace(**checkpoint["config"] | {"out": args.resume})
-        if args.clicks:
+        given, args = args, argparse.Namespace(**checkpoint["config"] | {"out": args.resume})
+        args.device = args.device if given.device == "auto" else given.device
+        if args.clicks and (Path(args.out) / "clicks.csv").exists():
             args.clicks = str(Path(args.out) / "clicks.csv")  # as they were when the run started
     out = Path(args.out)
     if not checkpoint and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists; choose another, or continue it with --resume {out}")
-    for flag in ("clicks", "classes"):
-        if getattr(args, flag) and not Path(getattr(args, flag)).is_file():
-            raise ValueError(f"--{flag} {getattr(args, flag)}: there is no such file")
+    for flag in ("clicks", "classes", "weights") if not checkpoint else ():
+        value = getattr(args, flag)
+        if value not in (None, "imagenet", "none") and not Path(value).is_file():
+            raise ValueError(f"--{flag} {value}: there is no such file")
     device = usable_device(args.device)
+    args.device = str(device)
 
     # 1. The images. Unlabeled may be learnt as a last class, but is never scored.
     started = time.time()
     classes, palette = list(data.CLASSES), list(data.PALETTE)
-    if args.classes:
+    if args.classes and not checkpoint:
         classes, palette = data.read_classes(args.classes)
-    scored = len(classes)
-    if args.learn_unlabeled:
+    if checkpoint:
+        classes, palette = checkpoint["classes"], checkpoint["palette"]
+    scored = len(classes) - bool(checkpoint and args.learn_unlabeled)
+    if args.learn_unlabeled and not checkpoint:
         classes, palette = classes + ["Unlabeled"], palette + [data.UNLABELED]
     root = data.find_dataset(args.data, demo=args.demo, download=not args.clicks)
     clicks = data.read_clicks(args.clicks, root, classes) if args.clicks else None
@@ -103,8 +109,11 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         training = [s for s in training if s.name not in unclicked]
     if not training:
         raise ValueError(f"no image in {root} has a labelled pixel to train on")
+    if checkpoint and [s.name for s in training] != checkpoint["training"]:
+        raise ValueError(f"the images in {root} are not those that the run was started with")
     crops = cut(training, clicks, args)
-    last_batch = (len(crops) * CROPS_PER_IMAGE - 1) % args.batch_size + 1
+    crops_per_epoch = max(len(crops) * CROPS_PER_IMAGE, args.batch_size * MIN_STEPS)
+    last_batch = (crops_per_epoch - 1) % args.batch_size + 1
     if args.size == 32 and 1 in (args.batch_size, last_batch):
         raise ValueError(
             "--size 32 with one crop in a batch leaves BatchNorm one value; use --size 64"
@@ -118,12 +127,12 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     longest = max(max(c.labels.shape) for c in crops)
     model.tile = min(max(longest, 512), 1280)  # about as large as the training images; see predict
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    steps = math.ceil(len(crops) * CROPS_PER_IMAGE / args.batch_size)
+    steps = math.ceil(crops_per_epoch / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps * args.epochs)
     run = SimpleNamespace(
         args=args, out=out, device=device, root=root, scored=scored, training=training,
         held_out=held_out, unclicked=unclicked, clicks=clicks, crops=crops, model=model,
-        optimizer=optimizer, schedule=schedule, steps=steps, history=[],
+        optimizer=optimizer, schedule=schedule, steps=steps, crops_per_epoch=crops_per_epoch, history=[],
     )  # fmt: skip
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -132,16 +141,19 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         run.history = checkpoint["history"]
 
     describe(run)
-    if not checkpoint:
-        out.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-        (out / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
-        used = {} if args.points == "all" and not args.clicks else dict(clicks)
+    out.mkdir(parents=True, exist_ok=True)
+    if not checkpoint and any(out.iterdir()):  # of a run that was started at the same moment
+        raise ValueError(f"--out {out} is no longer empty; choose another")
+    save(run)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    (out / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
+    if not (out / "clicks.csv").exists():
+        used = {} if args.points == "all" else dict(clicks)
         for epoch in range(2, args.epochs + 1) if args.resample else ():
             for name, fresh in click(training, args, epoch).items():
                 used[name] = torch.where(fresh != IGNORE_INDEX, fresh, used[name])
-        data.write_clicks(out / "clicks.csv", used, classes)
-        save(run)
+        with replacing(out / "clicks.csv") as partial:
+            data.write_clicks(partial, used, classes)
     return run
 
 
@@ -163,7 +175,7 @@ def labelled(label_map: Tensor) -> int:
 
 def cut(training: list[data.Sample], clicks: dict[str, Tensor], args) -> list[data.Crops]:
     """Image and clicks of every training image at the training scale, ready to cut crops from."""
-    dense = args.points == "all" and not args.clicks
+    dense = args.points == "all"
     return [data.Crops(s.image, clicks[s.name], args.scale, args.size, dense) for s in training]
 
 
@@ -174,7 +186,7 @@ def train_one_epoch(run: SimpleNamespace, epoch: int) -> float:
     generator = data.generator_for(args.seed, "epoch", epoch)
     # Every square metre of ground is as likely as any other: large images give more crops.
     areas = torch.tensor([c.labels.numel() for c in run.crops], dtype=torch.float)
-    order = areas.multinomial(len(areas) * CROPS_PER_IMAGE, replacement=True, generator=generator)
+    order = areas.multinomial(run.crops_per_epoch, replacement=True, generator=generator)
     total, count, started = 0.0, 0, time.time()
     for step, indices in enumerate(order.split(args.batch_size), start=1):
         batch = [run.crops[i].draw(generator) for i in indices]
@@ -239,12 +251,20 @@ def save(run: SimpleNamespace) -> None:
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.schedule.state_dict(),
         "history": run.history,
-        "config": vars(run.args),
+        "config": vars(run.args) | {"data": str(Path(run.args.data).resolve()), "resume": None},
+        "training": [s.name for s in run.training],
         **{name: getattr(model, name) for name in ("classes", "palette", "scale", "tile")},
     }
     with replacing(run.out / "checkpoint.pt") as partial:
-        torch.save(checkpoint, partial)
-    with replacing(run.out / "metrics.csv") as partial, open(partial, "w", newline="") as file:
+        try:
+            torch.save(checkpoint, partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{partial} could not be written ({reason})") from error
+    with (
+        replacing(run.out / "metrics.csv") as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
         ious = [f"iou_{name}" for name in model.classes[: run.scored]]
         columns = ["epoch", "loss", "miou", "pixel_accuracy", "seconds", *ious]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -259,7 +279,7 @@ def replacing(path: Path):
     """Write to a temporary file that takes the place of `path` only once it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     yield partial
-    with open(partial, "rb") as file:
+    with open(partial, "r+b") as file:
         os.fsync(file.fileno())  # on the disk before the name points to it
     os.replace(partial, path)
 
@@ -273,7 +293,7 @@ def describe(run: SimpleNamespace) -> None:
     counts = points[points != IGNORE_INDEX].long().bincount(minlength=len(model.classes))
     shares = counts / counts.sum()
     number = int(counts.sum())
-    kind = "labelled pixels (dense masks)" if args.points == "all" and not args.clicks else "clicks"
+    kind = "labelled pixels (dense masks)" if args.points == "all" else "clicks"
     fresh = ", drawn afresh every epoch" if args.resample else ""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     tiles = len({s.tile for s in run.training + run.held_out})
@@ -322,7 +342,7 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
     font, small = ImageFont.load_default(22), ImageFont.load_default(15)
     samples = list({s.tile: s for s in reversed(run.held_out or run.training)}.values())[::-1]
     samples = (samples + [s for s in run.held_out or run.training if s not in samples])[:most]
-    dense = args.points == "all" and not args.clicks
+    dense = args.points == "all"
     titles = ["image", "labels" if dense else "clicks", "prediction", "ground truth"]
     if not run.held_out:
         titles.pop()
@@ -334,7 +354,8 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
 
     rows = []
     for sample in samples:
-        size = (width, round(width * sample.image.height / sample.image.width))
+        height = round(width * sample.image.height / sample.image.width)
+        size = (width, min(max(height, 1), 4 * width))
         photo = sample.image.resize(size, Image.Resampling.LANCZOS)
         if run.held_out and not dense:  # what an annotator would have clicked here
             n = args.points if not args.clicks else 100
@@ -402,9 +423,9 @@ class Parser(argparse.ArgumentParser):
 
 def whole(low: int):
     def parse(text: str) -> int:
-        if not text.lstrip("+").isdecimal() or int(text) < low:
+        if not text.isdecimal() or not low <= int(text) < 2**31:
             raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {low}, got {text!r}"
+                f"must be a whole number, at least {low}, got {text!r}"
             )
         return int(text)
 
@@ -503,18 +524,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", default="auto", help="cuda, mps or cpu [the first there is]")
     add("--out", metavar="DIR", help="folder of the run, new or empty [runs/<date-time>]")
     add("--resume", metavar="DIR", help="continue the run in DIR with its own options")
+    argv = sys.argv[1:] if argv is None else argv
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         parser.error(
             f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else "")
         )
-    changed = [
-        f"--{k.replace('_', '-')}" for k, v in vars(args).items() if v != parser.get_default(k)
-    ]
-    if args.resume and changed != ["--resume"]:
-        changed.remove("--resume")
-        parser.error(f"--resume continues a run with its own options; remove {', '.join(changed)}")
+    typed = {word.split("=")[0] for word in argv if word.startswith("--")}
+    if args.resume and (extra := sorted(typed - {"--resume", "--device"})):
+        parser.error(f"--resume continues a run with its own options; remove {', '.join(extra)}")
+    if args.resample and args.points == "all":
+        parser.error("--points all takes every labelled pixel; remove --resample")
     if args.clicks and (args.resample or args.points != 100):
         parser.error("--clicks brings its own clicks; remove --points and --resample")
     args.data = args.data or ("demo" if args.demo else "data")

@@ -96,12 +96,14 @@ class UNet(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image) -> "numpy.ndarray":  # noqa: F821 (named, not imported)
-        """The class map of a Pillow image of any mode and size: (H, W) uint8, the image's own size.
+        """The class map of an 8-bit Pillow image of any size: (H, W) uint8, the image's own size.
 
         The image is scaled by `self.scale`, predicted in windows of at most `self.tile` pixels that
-        overlap by a quarter and are blended with weights falling to 0 at their edges, and the blended
+        overlap by a quarter or more and are blended with weights that fall to their edges; the blended
         logits are brought back to the image's size.
         """
+        if image.mode[0] in "IF":  # Pillow would clip their values, not scale them
+            raise ValueError(f"the image has {image.mode} pixels; convert it to 8 bits per channel")
         was_training, device = self.training, self.mean.device
         self.eval()
         W, H = image.size
@@ -179,7 +181,7 @@ def first_line(error: Exception) -> str:
 
 
 def windows(length: int, tile: int) -> list[tuple[int, int]]:
-    """(start, length) of windows that cover `length`, evenly spread, overlapping by a quarter."""
+    """(start, length) of windows that cover `length`, overlapping by a quarter or more."""
     if length <= tile:
         return [(0, length)]
     steps = -(-(length - tile) // (tile * 3 // 4))  # rounded up
