@@ -111,7 +111,8 @@ def fetch(root: Path) -> None:
             if len(pairs) != 72:
                 raise ValueError(f"the archive holds {len(pairs)} image/mask pairs, not 72")
     except (Exception, SystemExit) as error:  # old kaggle clients exit where there is no token
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        reason = "no connection" if "Max retries" in reason else reason
         raise OSError(
             f"the download from Kaggle failed ({reason}). Get the archive by hand at "
             f"kaggle.com/datasets/{KAGGLE_NAME} and unzip it into {root}; or, if Kaggle asks for an "

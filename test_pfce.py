@@ -1287,7 +1287,9 @@ def test_download_with_kaggle_out_of_reach_says_what_to_do(kaggle_server, monkey
     monkeypatch.setitem(
         kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9"
     )
-    assert_refused(cli(*FETCH, "--out", "run"), "by hand", "kaggle.json", "--demo", out="run")
+    assert_refused(
+        cli(*FETCH, "--out", "run"), "no connection", "by hand", "kaggle.json", "--demo", out="run"
+    )
 
 
 def test_archive_cannot_write_outside_its_folder(kaggle_server, tmp_path):
