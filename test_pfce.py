@@ -365,6 +365,10 @@ def extra_memory(step, logits) -> float:
 
 @pytest.fixture
 def tiny(tmp_path):
+    return make_tiny(tmp_path)
+
+
+def make_tiny(tmp_path):
     """A dataset in the layout of the real one: two tiles of four images of 72×56 pixels."""
     rng = np.random.default_rng(0)
     colors = np.array(PALETTE, np.uint8)
@@ -651,12 +655,20 @@ def cli(*arguments) -> str | None:
     return None
 
 
-def metrics(folder, *without) -> list[dict]:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(dataset, folder of a quick run on it), for tests that only read them."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "MIN_STEPS", 1)
+        root = make_tiny(folder)
+        assert cli("--data", root, *QUICK, "--out", folder / "run") is None
+    return root, folder / "run"
+
+
+def metrics(folder) -> list[dict]:
     with open(Path(folder) / "metrics.csv") as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("seconds", *without)}
-            for row in csv.DictReader(file)
-        ]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 def assert_refused(message: str | None, *words, out=None) -> None:
@@ -695,11 +707,13 @@ def test_demo_as_a_user_starts_it_and_what_it_leaves(tmp_path):
     assert values == {*PALETTE, UNLABELED, (0, 0, 0)}
 
 
-def test_same_command_gives_the_same_numbers_and_another_seed_does_not(tiny, tmp_path):
-    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert cli("--data", tiny, *QUICK, "--seed", seed, "--out", tmp_path / out) is None
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
-    clicks = [(tmp_path / out / "clicks.csv").read_bytes() for out in "abc"]
+def test_same_command_gives_the_same_numbers_and_another_seed_does_not(finished, tmp_path):
+    root, a = finished
+    b, c = tmp_path / "b", tmp_path / "c"
+    for out, seed in ((b, 0), (c, 1)):
+        assert cli("--data", root, *QUICK, "--seed", seed, "--out", out) is None
+    assert metrics(a) == metrics(b) != metrics(c)
+    clicks = [(out / "clicks.csv").read_bytes() for out in (a, b, c)]
     assert clicks[0] == clicks[1] != clicks[2]
 
 
@@ -715,9 +729,9 @@ def test_variants_run_to_their_end(tiny, tmp_path, options):
     assert loaded.classes == [*CLASSES] + ["Unlabeled"] * ("--learn-unlabeled" in options)
 
 
-def test_scores_are_those_of_predict_at_the_masks_own_resolution(tiny, tmp_path):
-    assert cli("--data", tiny, *QUICK, "--out", tmp_path / "run") is None
-    model = UNet.load(tmp_path / "run" / "checkpoint.pt")
+def test_scores_are_those_of_predict_at_the_masks_own_resolution(finished):
+    tiny, run = finished
+    model = UNet.load(run / "checkpoint.pt")
     truth, guess = [], []
     for tile, part in itertools.product((1, 2), (3, 4)):  # the last two of every tile
         name = f"image_part_{part:03d}"
@@ -725,7 +739,7 @@ def test_scores_are_those_of_predict_at_the_masks_own_resolution(tiny, tmp_path)
         guess.append(model.predict(image).flatten())
         truth.append(data.read_mask(tiny / f"Tile {tile}/masks/{name}.png", PALETTE).flatten())
     truth, guess = np.concatenate(truth), np.concatenate(guess)
-    row = metrics(tmp_path / "run")[-1]
+    row = metrics(run)[-1]
     ious = []
     for c, name in enumerate(CLASSES):
         both, either = ((truth == c) & (guess == c)).sum(), ((truth == c) | (guess == c)).sum()
@@ -735,11 +749,11 @@ def test_scores_are_those_of_predict_at_the_masks_own_resolution(tiny, tmp_path)
     assert float(row["pixel_accuracy"]) == pytest.approx((truth == guess).mean(), abs=1e-6)
 
 
-def test_held_out_images_are_never_trained_on(tiny, tmp_path):
+def test_held_out_images_are_never_trained_on(finished):
+    tiny, run = finished
     training, held_out, _ = data.read_dataset(tiny, PALETTE)
     assert [s.name[-7:-4] for s in held_out] == ["003", "004"] * 2 and len(training) == 4
-    assert cli("--data", tiny, *QUICK, "--out", tmp_path / "run") is None
-    with open(tmp_path / "run" / "clicks.csv") as file:
+    with open(run / "clicks.csv") as file:
         assert {row["image"] for row in csv.DictReader(file)} == {s.name for s in training}
 
 
@@ -761,27 +775,28 @@ def test_loss_printed_is_the_mean_over_the_clicked_pixels_of_the_epoch(tiny, tmp
 # ==== your own clicks ====
 
 
-def test_clicks_csv_gives_the_same_run_back(tiny, tmp_path):
-    assert cli("--data", tiny, *QUICK, "--out", tmp_path / "a") is None
-    clicks = tmp_path / "a" / "clicks.csv"
-    quick = [*QUICK[:-2], "--clicks", clicks]
-    assert cli("--data", tiny, *quick, "--out", tmp_path / "b") is None
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    assert clicks.read_bytes() == (tmp_path / "b" / "clicks.csv").read_bytes()
+def test_clicks_csv_gives_the_same_run_back(finished, tmp_path):
+    root, run = finished
+    quick = [*QUICK[:-2], "--clicks", run / "clicks.csv"]
+    assert cli("--data", root, *quick, "--out", tmp_path / "b") is None
+    assert metrics(run) == metrics(tmp_path / "b")
+    assert (run / "clicks.csv").read_bytes() == (tmp_path / "b" / "clicks.csv").read_bytes()
 
 
-def test_images_without_masks_train_on_clicks_with_nothing_to_score(tiny, tmp_path, capsys):
-    assert cli("--data", tiny, *QUICK, "--out", tmp_path / "a") is None
+def test_images_without_masks_train_on_clicks_with_nothing_to_score(
+    finished, tiny, tmp_path, capsys
+):
+    run = finished[1]
     for masks in tiny.rglob("masks"):
         shutil.rmtree(masks)
-    quick = [*QUICK[:-2], "--clicks", tmp_path / "a" / "clicks.csv"]
+    quick = [*QUICK[:-2], "--clicks", run / "clicks.csv"]
     assert cli("--data", tiny, *quick, "--out", tmp_path / "b") is None
     printed = capsys.readouterr().out
     assert "nothing to score" in printed and "4 images have no click" in printed
     rows = metrics(tmp_path / "b")
-    assert [r["loss"] for r in rows] == [r["loss"] for r in metrics(tmp_path / "a")]
+    assert [r["loss"] for r in rows] == [r["loss"] for r in metrics(run)]
     assert all(row["miou"] == "" == row["iou_Water"] for row in rows)
-    a, b = (Image.open(tmp_path / run / "predictions.png") for run in "ab")
+    a, b = (Image.open(out / "predictions.png") for out in (run, tmp_path / "b"))
     assert b.width < a.width  # no ground-truth column
 
 
@@ -810,8 +825,10 @@ def test_own_images_in_a_flat_folder_with_own_classes(tmp_path):
     assert model.classes == ["vine", "soil"] and model.palette == [[46, 125, 50], [141, 110, 99]]
 
 
-def test_three_lines_of_the_readme_predict_with_a_trained_model(tiny, tmp_path, monkeypatch):
-    assert cli("--data", tiny, *QUICK, "--out", tmp_path / "runs" / "mine") is None
+def test_three_lines_of_the_readme_predict_with_a_trained_model(finished, tmp_path, monkeypatch):
+    tiny, run = finished
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "checkpoint.pt").symlink_to(run / "checkpoint.pt")
     code = (HERE / "README.md").read_text().split("<!-- tested -->\n```python\n")[1].split("```")[0]
     shutil.copy(next(tiny.rglob("*.jpg")), tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
