@@ -189,6 +189,12 @@ def test_one_minus_p_is_not_cancelled_in_float32(gap, gamma):
     assert loss.item() == pytest.approx(q**gamma * math.log1p(math.exp(-gap)), rel=1e-5)
 
 
+def test_float64_keeps_its_precision_on_pixels_that_are_wrong():
+    logits = torch.tensor([[[-22.0], [0.0]]], dtype=torch.float64)
+    loss = partial_focal_cross_entropy(logits, torch.tensor([[0]]), gamma=0, alpha=1)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(22)), rel=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_and_returned_in_float32(dtype):
     logits, target = example(8, 8, dtype=torch.float32)
