@@ -434,13 +434,17 @@ class Crops:
 
     def __init__(self, image: Image.Image, label_map: Tensor, scale: float, S: int, dense: bool):
         pixels = np.asarray(shrink(image, scale))  # (h, w, 3)
-        h, w, _ = pixels.shape
-        labels = (shrink_mask if dense else shrink_points)(label_map, h, w).numpy()  # (h, w)
-        pad = ((0, max(0, S - h)), (0, max(0, S - w)))  # an image smaller than a crop is mirrored
-        self.image = torch.from_numpy(np.pad(pixels, (*pad, (0, 0)), mode="symmetric"))
-        self.labels = torch.from_numpy(np.pad(labels, pad, constant_values=IGNORE_INDEX))
+        self.size, self.S, self.dense = pixels.shape[:2], S, dense
+        h, w = self.size
+        self.pad = ((0, max(0, S - h)), (0, max(0, S - w)))  # smaller than a crop: mirror it
+        self.image = torch.from_numpy(np.pad(pixels, (*self.pad, (0, 0)), mode="symmetric"))
+        self.label(label_map)
+
+    def label(self, label_map: Tensor) -> None:
+        """Take the labels from a label map (H, W) at the original size."""
+        labels = (shrink_mask if self.dense else shrink_points)(label_map, *self.size).numpy()
+        self.labels = torch.from_numpy(np.pad(labels, self.pad, constant_values=IGNORE_INDEX))
         self.labelled = (self.labels != IGNORE_INDEX).nonzero().int()  # (P, 2)
-        self.S = S
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One crop, turned and mirrored at random: image (3, S, S) uint8, label map (S, S)."""

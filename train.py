@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> None:
             started = time.time()
             if args.resample and epoch > 1:
                 run.clicks = click(run.training, args, epoch)
-                run.crops = cut(run.training, run.clicks, args)
+                for crops, sample in zip(run.crops, run.training):
+                    crops.label(run.clicks[sample.name])
             loss = train_one_epoch(run, epoch)
             scores = evaluate(model, run.held_out, run.scored)
             seconds = round(time.time() - started, 1)
@@ -111,7 +112,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         raise ValueError(f"no image in {root} has a labelled pixel to train on")
     if checkpoint and [s.name for s in training] != checkpoint["training"]:
         raise ValueError(f"the images in {root} are not those that the run was started with")
-    crops = cut(training, clicks, args)
+    dense = args.points == "all"
+    crops = [data.Crops(s.image, clicks[s.name], args.scale, args.size, dense) for s in training]
     crops_per_epoch = max(len(crops) * CROPS_PER_IMAGE, args.batch_size * MIN_STEPS)
     last_batch = (crops_per_epoch - 1) % args.batch_size + 1
     if args.size == 32 and 1 in (args.batch_size, last_batch):
@@ -171,12 +173,6 @@ def click(training: list[data.Sample], args, epoch: int) -> dict[str, Tensor]:
 
 def labelled(label_map: Tensor) -> int:
     return int((label_map != IGNORE_INDEX).sum())
-
-
-def cut(training: list[data.Sample], clicks: dict[str, Tensor], args) -> list[data.Crops]:
-    """Image and clicks of every training image at the training scale, ready to cut crops from."""
-    dense = args.points == "all"
-    return [data.Crops(s.image, clicks[s.name], args.scale, args.size, dense) for s in training]
 
 
 def train_one_epoch(run: SimpleNamespace, epoch: int) -> float:
