@@ -76,7 +76,7 @@ def find_dataset(folder: str, demo: bool = False, download: bool = True) -> Path
 
 
 def image_files(root: Path) -> list[Path]:
-    """All images below `root` in the order of their names, those in folders called masks left out."""
+    """All images below `root`, sorted by name; those in folders called masks are left out."""
     folders = {path: path.relative_to(root).parts[:-1] for path in all_files(root)}
     return [path for path, parts in folders.items() if "masks" not in map(str.lower, parts)]
 
@@ -261,8 +261,8 @@ def read_dataset(root: Path, palette, clicks: dict[str, Tensor] | None = None):
 def sample_points(mask: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
     """The simulated annotator: keep n labelled pixels of a label map, forget the others.
 
-    Every set of n distinct labelled pixels is equally likely (Bearman et al. 2016, arXiv:1506.02106,
-    click on objects instead; uniform clicks need no one to know what an object is).
+    Every set of n distinct labelled pixels is equally likely. (Bearman et al. 2016, arXiv:1506.02106,
+    click on objects; uniform clicks need no one to know what an object is.)
 
     mask (H, W) any integer type, IGNORE_INDEX = unlabelled → label map of the same shape and type
     with exactly n labelled pixels, or all of them where there are fewer.
@@ -397,10 +397,10 @@ def shrink_mask(mask: Tensor, h: int, w: int) -> Tensor:
 
 
 def shrink_points(points: Tensor, h: int, w: int) -> Tensor:
-    """Carry every click to the size (h, w): label map (H, W) → (h, w) with as many labelled pixels.
+    """Carry every click to the size (h, w): label map (H, W) → (h, w), as many labelled pixels.
 
     A click moves to the pixel that covers it. Of two that meet there, the second takes the nearest
-    free pixel: resizing the label map at scale 0.5 would lose three of four clicks, overwriting a few.
+    free pixel: resizing the label map at scale 0.5 would lose three of four, overwriting a few.
     """
     H, W = points.shape
     small = torch.full((h, w), IGNORE_INDEX, dtype=points.dtype)
@@ -488,7 +488,7 @@ DEMO_IMAGES = 9  # per tile, as in the real dataset
 
 
 def make_demo(root: Path) -> None:
-    """Write synthetic aerial scenes to `root/FOLDER`, in the layout and with the quirks of Dubai's."""
+    """Write synthetic aerial scenes to `root/FOLDER`, with the layout and the quirks of Dubai's."""
     print(f"drawing demo scenes into {root / FOLDER}")
     with staging(root) as partial:
         for t, (tile, (size, grid, water, green, built)) in enumerate(DEMO_TILES.items()):
@@ -541,7 +541,7 @@ def draw_scene(rng, size, grid, water_share, green_share, built_share):
     labels.paste(green, mask=lawn)
     on_photo, on_labels = ImageDraw.Draw(photo), ImageDraw.Draw(labels)
 
-    # 2. Streets: a turned grid with kerbs and dashed lines. u runs across it, v along, in half pixels.
+    # 2. Streets: a turned grid, kerbs, dashed lines. u runs across it, v along, in half pixels.
     angle, spacing = grid[0] + rng.normal(0, 0.08), grid[1] * 2
     u_axis, v_axis = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
     origin = np.array([W, H]) + rng.uniform(-0.5, 0.5, 2) * spacing

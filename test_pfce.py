@@ -1329,7 +1329,7 @@ def test_archive_cannot_write_outside_its_folder(kaggle_server, tmp_path):
 
 
 def benchmark(blocks: int = 12, calls: int = 10) -> None:
-    """Forward and backward at 8×6×256×256 with 100 labels per image: time, memory, distance to the floor.
+    """Forward and backward at 8×6×256×256 with 100 labels per image: time and memory.
 
     The label map is uint8, as train.py holds it; `F.cross_entropy` takes int64 only, so what needs
     it pays for the conversion. Blocks of calls alternate, so that all meet the same machine.

@@ -134,7 +134,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     run = SimpleNamespace(
         args=args, out=out, device=device, root=root, scored=scored, training=training,
         held_out=held_out, unclicked=unclicked, clicks=clicks, crops=crops, model=model,
-        optimizer=optimizer, schedule=schedule, steps=steps, crops_per_epoch=crops_per_epoch, history=[],
+        optimizer=optimizer, schedule=schedule, steps=steps, crops_per_epoch=crops_per_epoch,
+        history=[],
     )  # fmt: skip
     if checkpoint:
         model.load_state_dict(checkpoint["model"])

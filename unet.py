@@ -99,8 +99,8 @@ class UNet(nn.Module):
         """The class map of an 8-bit Pillow image of any size: (H, W) uint8, the image's own size.
 
         The image is scaled by `self.scale`, predicted in windows of at most `self.tile` pixels that
-        overlap by a quarter or more and are blended with weights that fall to their edges; the blended
-        logits are brought back to the image's size.
+        overlap by a quarter or more and are blended with weights that fall to their edges; the
+        blended logits are brought back to the image's size.
         """
         if image.mode[0] in "IF":  # Pillow would clip their values, not scale them
             raise ValueError(f"the image has {image.mode} pixels; convert it to 8 bits per channel")
