@@ -115,8 +115,8 @@ def fetch(root: Path) -> None:
         reason = "no connection" if "Max retries" in reason else reason
         raise OSError(
             f"the download from Kaggle failed ({reason}). Get the archive by hand at "
-            f"kaggle.com/datasets/{KAGGLE_NAME} and unzip it into {root}; or, if Kaggle asks for an "
-            "account, put its API token kaggle.json here or into ~/.kaggle; or try --demo, which "
+            f"kaggle.com/datasets/{KAGGLE_NAME} and unzip it into {root}; or, if Kaggle asks for "
+            "an account, put its API token kaggle.json here or into ~/.kaggle; or try --demo, which "
             "needs nothing"
         ) from error
 
@@ -261,8 +261,8 @@ def read_dataset(root: Path, palette, clicks: dict[str, Tensor] | None = None):
 def sample_points(mask: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
     """The simulated annotator: keep n labelled pixels of a label map, forget the others.
 
-    Every set of n distinct labelled pixels is equally likely. (Bearman et al. 2016, arXiv:1506.02106,
-    click on objects; uniform clicks need no one to know what an object is.)
+    Every set of n distinct labelled pixels is equally likely. (Bearman et al. 2016,
+    arXiv:1506.02106, click on objects; uniform clicks need no one to know what an object is.)
 
     mask (H, W) any integer type, IGNORE_INDEX = unlabelled → label map of the same shape and type
     with exactly n labelled pixels, or all of them where there are fewer.
@@ -304,7 +304,7 @@ def read_clicks(path: str, root: Path, classes: list[str]) -> dict[str, Tensor]:
     missing = [name for name in ("image", "x", "y", "class") if name not in header]
     if missing:
         raise ValueError(
-            f"{path}, line 1: no column {', '.join(missing)}; the first line must be image,x,y,class"
+            f"{path}, line 1: no column {', '.join(missing)}; the line must be image,x,y,class"
         )
     for line, row in rows:
         where = f"{path}, line {line}"

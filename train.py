@@ -300,7 +300,7 @@ def describe(run: SimpleNamespace) -> None:
         f"images    {len(run.training)} for training, {len(run.held_out)} held out",
         f"labels    {number:,} {kind}{fresh}, {number / len(points):.4%} of the training pixels",
         "          " + ", ".join(f"{n} {s:.1%}" for n, s in zip(model.classes, shares.tolist())),
-        f"network   U-Net on ResNet-34, {parameters:.1f} million parameters, weights {args.weights}",
+        f"network   U-Net on ResNet-34, {parameters:.1f} M parameters, weights {args.weights}",
         f"training  {args.epochs} epochs of {run.steps} steps, each {step}",
         f"device    {run.device}, torch {torch.__version__}",
         f"output    {run.out}",
@@ -334,7 +334,7 @@ def report(run: SimpleNamespace) -> None:
 
 
 def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> None:
-    """predictions.png: a row per image, image | clicks | prediction | ground truth, and a legend."""
+    """predictions.png: rows of image | clicks | prediction | ground truth under a legend."""
     args, model = run.args, run.model
     font, small = ImageFont.load_default(22), ImageFont.load_default(15)
     samples = list({s.tile: s for s in reversed(run.held_out or run.training)}.values())[::-1]

@@ -128,7 +128,7 @@ class UNet(nn.Module):
 
     @classmethod
     def load(cls, path) -> "UNet":
-        """The trained model of a `checkpoint.pt` that train.py wrote, on the CPU, ready to predict."""
+        """The trained model of a `checkpoint.pt` of train.py, on the CPU, ready to predict."""
         checkpoint = read_checkpoint(path)
         try:
             model = cls(len(checkpoint["classes"]), weights=None)
@@ -152,7 +152,7 @@ def load_encoder(encoder: nn.Module, weights: str) -> None:
             folder = f"{torch.hub.get_dir()}/checkpoints"
             raise OSError(
                 f"the ImageNet weights could not be loaded ({first_line(error)}): put "
-                f"{IMAGENET_URL.rsplit('/')[-1]} into {folder}, or start from random with --weights none"
+                f"{IMAGENET_URL.rsplit('/')[-1]} into {folder}, or start with --weights none"
             ) from error
     else:
         state = read_checkpoint(weights)
