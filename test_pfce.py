@@ -1150,11 +1150,31 @@ def test_interrupted_before_the_first_epoch_resumes_too(tiny, tmp_path, monkeypa
     assert len(metrics(tmp_path / "run")) == 2
 
 
+def test_interrupted_before_anything_is_written_does_not_speak_of_resuming(
+    tiny, tmp_path, monkeypatch
+):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.UNet", stop)
+    assert "before the training" in cli("--data", tiny, *QUICK, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_score_every_leaves_the_other_epochs_empty_and_changes_nothing_else(tiny, tmp_path):
+    flags = ["--data", tiny, *QUICK, "--epochs", "3"]
+    assert cli(*flags, "--out", tmp_path / "each") is None
+    assert cli(*flags, "--score-every", "2", "--out", tmp_path / "second") is None
+    each, second = metrics(tmp_path / "each"), metrics(tmp_path / "second")
+    assert [row["miou"] != "" for row in second] == [False, True, True]  # the last one always
+    assert each[1:] == second[1:] and each[0]["loss"] == second[0]["loss"]
+
+
 def test_ctrl_c_says_how_to_resume(tiny, tmp_path):
     out = tmp_path / "run"
     process = start("--data", tiny, *QUICK, "--epochs", "500", "--out", out, cwd=tmp_path)
     wait_for(lambda: (out / "metrics.csv").exists(), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # some files of the run are not written yet
     _, errors = process.communicate()
     assert process.returncode != 0 and f"--resume {out}" in errors and "Traceback" not in errors
 

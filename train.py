@@ -42,11 +42,15 @@ MIN_STEPS = 10  # and at least 10 batches, so that a handful of images is traine
 
 
 def main(args: argparse.Namespace) -> None:
-    try:  # what a user can get wrong comes to light here, before anything is written
-        run = prepare(args)
+    out = Path(args.resume or args.out)
+    try:
+        run = prepare(args)  # what a user can get wrong comes to light here,
+        begin(run)  # before anything is written
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    args, out, model, history = run.args, run.out, run.model, run.history
+    except KeyboardInterrupt:
+        sys.exit(interrupted(out))
+    args, model, history = run.args, run.model, run.history
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             started = time.time()
@@ -55,20 +59,21 @@ def main(args: argparse.Namespace) -> None:
                 for crops, sample in zip(run.crops, run.training):
                     crops.label(run.clicks[sample.name])
             loss = train_one_epoch(run, epoch)
-            scores = evaluate(model, run.held_out, run.scored)
+            due = epoch % args.score_every == 0 or epoch == args.epochs
+            scores = evaluate(model, run.held_out if due else [], run.scored)
             seconds = round(time.time() - started, 1)
             history.append({"epoch": epoch, "loss": loss, **scores, "seconds": seconds})
             save(run)
             print(f"epoch {epoch}/{args.epochs}  {summary(history[-1])}", flush=True)
         report(run)
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; continue with: python train.py --resume {out}")
+        sys.exit(interrupted(out))
     except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"\nerror: {error}; the last complete epoch is in {out}")
 
 
 def prepare(args: argparse.Namespace) -> SimpleNamespace:
-    """Everything a run needs, checked; only then the folder `--out` is made."""
+    """Everything a run needs, checked. Nothing is written yet but a dataset that was fetched."""
     checkpoint = None
     if args.resume:
         checkpoint = read_checkpoint(Path(args.resume) / "checkpoint.pt")
@@ -135,29 +140,39 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         args=args, out=out, device=device, root=root, scored=scored, training=training,
         held_out=held_out, unclicked=unclicked, clicks=clicks, crops=crops, model=model,
         optimizer=optimizer, schedule=schedule, steps=steps, crops_per_epoch=crops_per_epoch,
-        history=[],
+        history=[], resumed=bool(checkpoint),
     )  # fmt: skip
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         schedule.load_state_dict(checkpoint["schedule"])
         run.history = checkpoint["history"]
+    return run
 
+
+def begin(run: SimpleNamespace) -> None:
+    """Say what there is, make the folder `--out` and write what is known before training."""
+    args, out = run.args, run.out
     describe(run)
     out.mkdir(parents=True, exist_ok=True)
-    if not checkpoint and any(out.iterdir()):  # of a run that was started at the same moment
+    if not run.resumed and any(out.iterdir()):  # of a run that was started at the same moment
         raise ValueError(f"--out {out} is no longer empty; choose another")
     save(run)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     (out / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
     if not (out / "clicks.csv").exists():
-        used = {} if args.points == "all" else dict(clicks)
+        used = {} if args.points == "all" else dict(run.clicks)
         for epoch in range(2, args.epochs + 1) if args.resample else ():
-            for name, fresh in click(training, args, epoch).items():
+            for name, fresh in click(run.training, args, epoch).items():
                 used[name] = torch.where(fresh != IGNORE_INDEX, fresh, used[name])
         with replacing(out / "clicks.csv") as partial:
-            data.write_clicks(partial, used, classes)
-    return run
+            data.write_clicks(partial, used, run.model.classes)
+
+
+def interrupted(out: Path) -> str:
+    if (out / "checkpoint.pt").exists():
+        return f"\ninterrupted; continue with: python train.py --resume {out}"
+    return "\ninterrupted before the training began"
 
 
 def click(training: list[data.Sample], args, epoch: int) -> dict[str, Tensor]:
@@ -517,6 +532,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="imagenet|none|FILE",
         help="of the encoder [imagenet; with --demo none]",
     )
+    add("--score-every", metavar="N", type=whole(1), default=1, help="epochs; the last always [1]")
     add("--seed", metavar="N", type=whole(0), default=0, help="of every random draw [0]")
     add("--device", metavar="NAME", default="auto", help="cuda, mps or cpu [the first there is]")
     add("--out", metavar="DIR", help="folder of the run, new or empty [runs/<date-time>]")
@@ -542,7 +558,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted before the training began")
+    main(parse_args())
