@@ -158,8 +158,9 @@ def begin(run: SimpleNamespace) -> None:
     if not run.resumed and any(out.iterdir()):  # of a run that was started at the same moment
         raise ValueError(f"--out {out} is no longer empty; choose another")
     save(run)
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    (out / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
+    here = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    here["threads"] = torch.get_num_threads()  # on a CPU, sums depend on it in the last digits
+    (out / "config.json").write_text(json.dumps(vars(args) | here, indent=2) + "\n")
     if not (out / "clicks.csv").exists():
         used = {} if args.points == "all" else dict(run.clicks)
         for epoch in range(2, args.epochs + 1) if args.resample else ():
