@@ -1,7 +1,7 @@
 """The README's tables and its plot, from the numbers that runs left.
 
-    python docs/results.py runs/*     write the finished runs into docs/results.csv, then as below
-    python docs/results.py            from docs/results.csv: print the tables, draw docs/clicks.png
+python docs/results.py runs/*     write the finished runs into docs/results.csv, then as below
+python docs/results.py            from docs/results.csv: print the tables, draw docs/clicks.png
 """
 
 import csv
@@ -55,7 +55,9 @@ def table(rows: list[dict]) -> None:
     runs: dict[str, list[dict]] = {}
     for row in rows:
         runs.setdefault(row["command"], []).append(row)
-    print("| command | held-out mIoU | pixel accuracy | loss, first → last epoch | minutes | seeds |")
+    print(
+        "| command | held-out mIoU | pixel accuracy | loss, first → last epoch | minutes | seeds |"
+    )
     print("|---|---|---|---|---|---|")
     for command, group in runs.items():
         column = {name: [float(row[name]) for row in group] for name in
