@@ -1110,7 +1110,7 @@ def wait_for(condition, process, seconds=90):
 
 def test_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MIN_STEPS", 10)  # as in the process to be killed
-    flags = ["--data", tiny, *QUICK, "--batch-size", "2", "--resample"]
+    flags = ["--data", tiny, *QUICK, "--epochs", "3", "--batch-size", "2", "--resample"]
     assert cli(*flags, "--out", tmp_path / "alone") is None
     out = tmp_path / "killed"
     process = start(*flags, "--out", out, cwd=tmp_path)
@@ -1120,7 +1120,7 @@ def test_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_path, monkeyp
     wait_for(lambda: (out / "checkpoint.pt.partial").exists(), process)  # in the middle of a write
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(metrics(out)) == 1
+    assert 1 <= len(metrics(out)) < 3
     assert cli("--resume", out) is None
     assert metrics(out) == metrics(tmp_path / "alone")
     for name in ("clicks.csv", "predictions.png"):

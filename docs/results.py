@@ -1,7 +1,7 @@
 """The README's tables and its plot, from the numbers that runs left.
 
-python docs/results.py runs/*     write the finished runs into docs/results.csv, then as below
-python docs/results.py            from docs/results.csv: print the tables, draw docs/clicks.png
+python -m docs.results runs/*  writes the finished ones into docs/results.csv, then does as below
+python -m docs.results         reads docs/results.csv, prints the tables, draws docs/clicks.png
 """
 
 import csv
@@ -12,9 +12,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from train import parse_args
+
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
-from train import parse_args  # noqa: E402 (after the line that makes it importable)
+VARIED = ("points", "gamma", "resample", "learn_unlabeled")  # within a table; seeds are averaged
+SCORES = ("miou", "pixel_accuracy", "loss_first", "loss_last", "minutes")
+PLACE = ("data", "out", "device", "resume", "seed")  # say nothing about the result, or are columns
 
 
 def collect(folder: Path) -> dict | None:
@@ -24,23 +27,29 @@ def collect(folder: Path) -> dict | None:
         epochs = list(csv.DictReader(file))
     if len(epochs) < config["epochs"]:
         return None
-    command = ["OMP_NUM_THREADS=1"] if config["threads"] == 1 else []
-    command += ["python train.py"] + ["--demo"] * config["demo"]
-    command += [] if config["demo"] else ["--data DIR"]
-    for name, default in vars(parse_args(["--demo"] if config["demo"] else [])).items():
-        value = config[name]
-        if name not in ("data", "demo", "out", "seed", "device") and value != default:
-            flag = f"--{name.replace('_', '-')}"
-            command.append(flag if value is True else f"{flag} {value:g}".rstrip() if
-                           isinstance(value, float) else f"{flag} {value}")  # fmt: skip
-    last = epochs[-1]
+    default = vars(parse_args(["--demo"] if config["demo"] else []))
+    command = ["OMP_NUM_THREADS=1"] if config.get("threads") == 1 else []
+    command += ["python train.py"] + ([] if config["demo"] else ["--data DIR"])
+    flags = []
+    for name, value in config.items():
+        if name in default and name not in PLACE and (value != default[name] or value is True):
+            text = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            (flags if name in VARIED else command).append(text.removesuffix(".0"))
+    seconds = statistics.median(float(row["seconds"]) for row in epochs)
     return {
         "command": " ".join(command),
-        **{name: config[name] for name in ("seed", "points", "gamma", "epochs", "threads")},
-        "minutes": f"{sum(float(row['seconds']) for row in epochs) / 60:.1f}",
+        "flags": " ".join(flags),
+        "seed": config["seed"],
+        "epochs": len(epochs),
+        "points": config["points"],
+        "minutes": f"{seconds * len(epochs) / 60:.1f}",  # of a usual epoch, times their number
         "loss_first": epochs[0]["loss"],
-        "loss_last": last["loss"],
-        **{k: v for k, v in last.items() if k not in ("epoch", "loss", "seconds")},
+        "loss_last": epochs[-1]["loss"],
+        **{
+            k: v
+            for k, v in epochs[-1].items()
+            if k == "miou" or k == "pixel_accuracy" or "iou_" in k
+        },
         "torch": config["torch"],
     }
 
@@ -51,21 +60,35 @@ def spread(values: list[float]) -> str:
     return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def table(rows: list[dict]) -> None:
-    runs: dict[str, list[dict]] = {}
+def groups(rows: list[dict], name: str) -> dict[str, list[dict]]:
+    """The rows that share a value in column `name`, by that value."""
+    found: dict[str, list[dict]] = {}
     for row in rows:
-        runs.setdefault(row["command"], []).append(row)
-    print(
-        "| command | held-out mIoU | pixel accuracy | loss, first → last epoch | minutes | seeds |"
-    )
-    print("|---|---|---|---|---|---|")
-    for command, group in runs.items():
-        column = {name: [float(row[name]) for row in group] for name in
-                  ("miou", "pixel_accuracy", "loss_first", "loss_last", "minutes")}  # fmt: skip
-        mean = {name: statistics.mean(values) for name, values in column.items()}
-        print(f"| `{command}` | {spread(column['miou'])} | {spread(column['pixel_accuracy'])} | "
-              f"{mean['loss_first']:.4f} → {mean['loss_last']:.4f} | {mean['minutes']:.1f} | "
-              f"{', '.join(row['seed'] for row in group)} |")  # fmt: skip
+        found.setdefault(row[name], []).append(row)
+    return found
+
+
+def tables(rows: list[dict]) -> None:
+    """A table for each command, a row for each set of flags, over its seeds."""
+    for command, of_command in groups(rows, "command").items():
+        print(f"\n`{command}`\n")
+        print(
+            "| flags | held-out mIoU | pixel accuracy | loss, first → last epoch | minutes | seeds |"
+        )
+        print("|---|---|---|---|---|---|")
+        for flags, runs in groups(of_command, "flags").items():
+            column = {name: [float(row[name]) for row in runs] for name in SCORES}
+            cells = [
+                f"`{flags}`" if flags else "none",
+                spread(column["miou"]),
+                spread(column["pixel_accuracy"]),
+                " → ".join(
+                    f"{statistics.mean(column[k]):.4f}" for k in ("loss_first", "loss_last")
+                ),
+                f"{statistics.median(column['minutes']):.0f}",
+                ", ".join(row["seed"] for row in runs),
+            ]
+            print(f"| {' | '.join(cells)} |")
 
 
 def plot(series: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -77,22 +100,21 @@ def plot(series: dict[str, dict[str, list[float]]], path: Path) -> None:
     values = [v for scores in series.values() for group in scores.values() for v in group]
     low, high = int(min(values) * 20) / 20, int(max(values) * 20 + 1) / 20
 
-    def x(n) -> float:  # the numbers of clicks at equal distances: 10, 30, 100, 300
-        return left + (width - left - right) * (clicks.index(int(n)) + 0.5) / len(clicks)
+    def x(n: int) -> float:  # at equal distances, as 10, 30, 100, 300 are on a logarithmic axis
+        return left + (width - left - right) * (clicks.index(n) + 0.5) / len(clicks)
 
     def y(miou: float) -> float:
         return height - bottom - (height - top - bottom) * (miou - low) / (high - low)
 
-    pen.text((left, 28), "held-out mIoU after training from a random encoder", "black", large)
+    pen.text((left, 28), "held-out mIoU, trained from a random encoder", "black", large)
     for i in range(round((high - low) / 0.05) + 1):
-        miou = low + i * 0.05
-        pen.line((left, y(miou), width - right, y(miou)), "#DDDDDD", 3)
-        pen.text((left - 20, y(miou)), f"{miou:.2f}", "black", font, anchor="rm")
+        pen.line((left, y(low + i / 20), width - right, y(low + i / 20)), "#DDDDDD", 3)
+        pen.text((left - 20, y(low + i / 20)), f"{low + i / 20:.2f}", "black", font, anchor="rm")
     for n in clicks:
         pen.text((x(n), height - bottom + 20), str(n), "black", font, anchor="mt")
     middle = (left + width - right) / 2
-    pen.text((middle, height - 55), "clicked pixels per image", "black", large, anchor="mm")
-    for (name, scores), color in zip(series.items(), ("#1565C0", "#EF6C00")):
+    pen.text((middle, height - 50), "clicked pixels per image", "black", large, anchor="mm")
+    for (name, scores), color in zip(series.items(), ("#EF6C00", "#1565C0")):
         if "all" in scores:
             ceiling = y(statistics.mean(scores["all"]))
             for start in range(left, width - right, 40):
@@ -102,30 +124,34 @@ def plot(series: dict[str, dict[str, list[float]]], path: Path) -> None:
         points = [(x(n), scores[str(n)]) for n in clicks if str(n) in scores]
         means = [(at, y(statistics.mean(group))) for at, group in points]
         pen.line([xy for mean in means for xy in mean], color, 8)
-        for (at, mean), (_, group) in zip(means, points):
-            pen.circle((at, mean), 18, color)
-            for value in group:
+        for mean, (at, group) in zip(means, points):
+            pen.circle(mean, 18, color)
+            for value in group:  # its seeds
                 pen.circle((at, y(value)), 8, "white", color, 4)
-        pen.text((means[-1][0] + 10, means[-1][1] + 30), name, color, font, anchor="mt")
+        pen.text((means[0][0] + 30, means[0][1] + 30), f"clicks, {name}", color, font, anchor="lt")
     canvas.save(path, optimize=True)
 
 
 if __name__ == "__main__":
     if folders := sys.argv[1:]:
         rows = [row for folder in folders if (row := collect(Path(folder)))]
+        rows.sort(key=lambda row: (row["epochs"], row["command"]))
         with open(DOCS / "results.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     with open(DOCS / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    table(rows)
-    series: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        plain = row["gamma"] == "2.0" and not {"--demo", "--resample", "--learn-unlabeled"} & set(
-            row["command"].split()
-        )
-        if plain:
-            scores = series.setdefault(f"{row['epochs']} epochs", {})
-            scores.setdefault(row["points"], []).append(float(row["miou"]))
-    plot(series, DOCS / "clicks.png")
+    tables(rows)
+    clicked = [row for row in rows if row["flags"] in ("", f"--points {row['points']}")]
+    clicked = [row for row in clicked if not {"--demo", "--size"} & set(row["command"].split())]
+    plot(
+        {
+            f"{epochs} epochs": {
+                points: [float(row["miou"]) for row in runs]
+                for points, runs in groups(of_epochs, "points").items()
+            }
+            for epochs, of_epochs in groups(clicked, "epochs").items()
+        },
+        DOCS / "clicks.png",
+    )
