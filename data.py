@@ -116,8 +116,8 @@ def fetch(root: Path) -> None:
         raise OSError(
             f"the download from Kaggle failed ({reason}). Get the archive by hand at "
             f"kaggle.com/datasets/{KAGGLE_NAME} and unzip it into {root}; or, if Kaggle asks for "
-            "an account, put its API token kaggle.json here or into ~/.kaggle; or try --demo, which "
-            "needs nothing"
+            "an account, put its API token kaggle.json here or into ~/.kaggle; or try --demo, "
+            "which needs nothing"
         ) from error
 
 

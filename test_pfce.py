@@ -1228,12 +1228,10 @@ def kaggle_server(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    from kagglesdk import kaggle_env
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, url)
+    state["url"] = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("kagglesdk.kaggle_http_client.get_endpoint", lambda env: state["url"])
     for name in list(os.environ):
         if name.startswith("KAGGLE"):
             monkeypatch.delenv(name)
@@ -1264,18 +1262,7 @@ def archive(pairs=72, extra=()) -> bytes:
     return body.getvalue()
 
 
-FETCH = [
-    "--weights",
-    "none",
-    "--size",
-    "32",
-    "--epochs",
-    "1",
-    "--points",
-    "5",
-    "--batch-size",
-    "16",
-]
+FETCH = [*QUICK[:4], "--epochs", "1", "--points", "5", "--batch-size", "16"]
 
 
 def test_download_without_an_account_trains_and_a_second_run_downloads_nothing(
@@ -1331,12 +1318,8 @@ def test_download_without_room_on_the_disk_says_so(kaggle_server, monkeypatch):
     assert kaggle_server["requests"] == []
 
 
-def test_download_with_kaggle_out_of_reach_says_what_to_do(kaggle_server, monkeypatch):
-    from kagglesdk import kaggle_env
-
-    monkeypatch.setitem(
-        kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, "http://127.0.0.1:9"
-    )
+def test_download_with_kaggle_out_of_reach_says_what_to_do(kaggle_server):
+    kaggle_server["url"] = "http://127.0.0.1:9"
     assert_refused(
         cli(*FETCH, "--out", "run"), "no connection", "by hand", "kaggle.json", "--demo", out="run"
     )

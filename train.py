@@ -44,8 +44,8 @@ MIN_STEPS = 10  # and at least 10 batches, so that a handful of images is traine
 def main(args: argparse.Namespace) -> None:
     out = Path(args.resume or args.out)
     try:
-        run = prepare(args)  # what a user can get wrong comes to light here,
-        begin(run)  # before anything is written
+        run = prepare(args)  # what a user can get wrong comes to light here
+        begin(run)  # and only now is anything written
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -158,8 +158,11 @@ def begin(run: SimpleNamespace) -> None:
     if not run.resumed and any(out.iterdir()):  # of a run that was started at the same moment
         raise ValueError(f"--out {out} is no longer empty; choose another")
     save(run)
-    here = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    here["threads"] = torch.get_num_threads()  # on a CPU, sums depend on it in the last digits
+    here = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "threads": torch.get_num_threads(),  # on a CPU, sums depend on it in the last digits
+    }
     (out / "config.json").write_text(json.dumps(vars(args) | here, indent=2) + "\n")
     if not (out / "clicks.csv").exists():
         used = {} if args.points == "all" else dict(run.clicks)
@@ -484,60 +487,28 @@ def usable_device(name: str) -> torch.device:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
+    # fmt: off
     add("--data", metavar="DIR", help="dataset folder; filled from Kaggle if empty [data]")
-    add(
-        "--demo",
-        action="store_true",
-        help="synthetic scenes, random encoder, no network [--data demo]",
-    )
+    add("--demo", action="store_true", help="synthetic scenes, random encoder, no network")
     add("--points", metavar="N|all", type=points, default=100, help="clicks per image [100]")
-    add(
-        "--resample",
-        action="store_true",
-        help="fresh clicks every epoch, as the original notebook drew",
-    )
-    add(
-        "--learn-unlabeled",
-        action="store_true",
-        help="train Unlabeled as a class, as the original did",
-    )
-    add(
-        "--clicks",
-        metavar="FILE",
-        help="CSV image,x,y,class: train on these clicks, not simulated ones",
-    )
-    add(
-        "--classes", metavar="FILE", help="CSV class,color: your own classes and their mask colours"
-    )
+    add("--resample", action="store_true", help="fresh clicks every epoch, as the original drew")
+    add("--learn-unlabeled", action="store_true", help="Unlabeled as a class, as the original did")
+    add("--clicks", metavar="FILE", help="CSV image,x,y,class: these clicks, not simulated ones")
+    add("--classes", metavar="FILE", help="CSV class,color: your classes and their mask colours")
     add("--epochs", metavar="N", type=whole(1), default=5, help="[5]")
     add("--batch-size", metavar="N", type=whole(1), default=8, help="crops per step [8]")
-    add("--size", metavar="N", type=whole(32), default=128, help="side of the training crops [128]")
-    add(
-        "--scale",
-        metavar="X",
-        type=real(0, True),
-        default=0.5,
-        help="resize all images by this first [0.5]",
-    )
-    add(
-        "--lr",
-        metavar="X",
-        type=real(0, True),
-        default=1e-3,
-        help="peak of the one-cycle schedule [0.001]",
-    )
-    add("--gamma", metavar="X", type=real(0), default=2.0, help="focusing exponent of the loss [2]")
+    add("--size", metavar="N", type=whole(32), default=128, help="side of the crops [128]")
+    add("--scale", metavar="X", type=real(0, True), default=0.5, help="resize all images by [0.5]")
+    add("--lr", metavar="X", type=real(0, True), default=1e-3, help="peak of the cycle [0.001]")
+    add("--gamma", metavar="X", type=real(0), default=2.0, help="focusing exponent [2]")
     add("--alpha", metavar="X", type=real(0), default=0.25, help="weight of the loss [0.25]")
-    add(
-        "--weights",
-        metavar="imagenet|none|FILE",
-        help="of the encoder [imagenet; with --demo none]",
-    )
+    add("--weights", metavar="imagenet|none|FILE", help="encoder [imagenet; with --demo none]")
     add("--score-every", metavar="N", type=whole(1), default=1, help="epochs; the last always [1]")
     add("--seed", metavar="N", type=whole(0), default=0, help="of every random draw [0]")
     add("--device", metavar="NAME", default="auto", help="cuda, mps or cpu [the first there is]")
     add("--out", metavar="DIR", help="folder of the run, new or empty [runs/<date-time>]")
     add("--resume", metavar="DIR", help="continue the run in DIR with its own options")
+    # fmt: on
     argv = sys.argv[1:] if argv is None else argv
     args, unknown = parser.parse_known_args(argv)
     if unknown:
