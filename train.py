@@ -362,6 +362,8 @@ def draw_predictions(run: SimpleNamespace, width: int = 360, most: int = 5) -> N
     titles = ["image", "labels" if dense else "clicks", "prediction", "ground truth"]
     if not run.held_out:
         titles.pop()
+    elif not dense:
+        titles[1] = "clicks (not trained on)"  # but there to show how few they are
     colors = torch.full((256, 3), 225, dtype=torch.uint8)  # light grey where there is no label
     colors[: len(model.palette)] = torch.tensor(model.palette, dtype=torch.uint8)
 
