@@ -54,24 +54,24 @@ def partial_focal_cross_entropy(
             raise ValueError(f"alpha must be one number or {C} weights, got {tuple(alpha.shape)}")
         wrong_alpha = ~((alpha >= 0) & alpha.isfinite()).all()
 
-    # 1. Where are the labels? (An ignore_index beyond target's type would wrap around to a class.)
-    info = torch.iinfo(target.dtype)
-    fits = info.min <= ignore_index <= info.max
-    m = target != ignore_index if fits else torch.ones_like(target, dtype=torch.bool)
-    labelled = _nonzero(m)  # one index vector (P,) per dimension of target
-    y = target[labelled].long()[:, None]  # (P, 1)
-    wrong_y = (y < 0) | (y >= C)
+    # 1. Where is m_i = 1?
+    i = _labelled(target.reshape(-1), ignore_index)  # (P,)
+    y = target.reshape(-1)[i].long()[:, None]  # (P, 1)
+    wrong_y = y != y.clamp(0, C - 1)
     if wrong_y.any() | wrong_alpha:  # one question to the GPU, not two
         if wrong_alpha:
             raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
         got = f"got {y[wrong_y][0].item()} with {ignore_index=}"
         raise ValueError(f"target must lie in 0…{C - 1} or be ignore_index, {got}")
 
-    # 2. Their logits, indexed such that the gradient comes out in the memory layout of the logits.
-    if logits.is_contiguous():
-        z = logits[(labelled[0], slice(None), *labelled[1:])]  # (P, C)
-    else:
-        z = logits.movedim(1, -1)[labelled]  # (P, C)
+    # 2. Their logits. Of the S pixels of image n, pixel s has index n·S + s in target.
+    S = torch.Size(spatial).numel()
+    n = i // S  # (P,)
+    if logits.is_cpu:  # fast, and the gradient comes out in the memory layout of the logits
+        c = torch.arange(C)
+        z = logits.take((i + n * (C * S - S))[:, None] + c * S)  # (P, C)
+    else:  # MPS has no `take`, and CUDA no deterministic gradient of it
+        z = logits.reshape(N, C, S)[n, :, i % S]  # (P, C)
     z = z.to(dtype)
 
     # 3. The formula, with s = log((1 − p) / p): no cancellation in 1 − p, and log(1 − p) is finite
@@ -83,18 +83,21 @@ def partial_focal_cross_entropy(
     loss = loss * (alpha[y] if isinstance(alpha, Tensor) and alpha.ndim else alpha)
 
     if reduction == "none":
-        return loss.new_zeros(target.shape).index_put(labelled, loss[:, 0])  # (N, *spatial)
+        return loss.new_zeros(target.numel()).index_put((i,), loss[:, 0]).view(target.shape)
     return loss.sum() / max(len(y), 1) if reduction == "mean" else loss.sum()
 
 
-def _nonzero(mask: Tensor) -> tuple[Tensor, ...]:
-    """`mask.nonzero(as_tuple=True)`; on a CPU faster, by scanning eight bools as one int64."""
-    if not (mask.is_cpu and mask.is_contiguous() and mask.numel()) or mask.shape[-1] % 8:
-        return mask.nonzero(as_tuple=True)
-    octets = mask.view(torch.int64).nonzero(as_tuple=True)  # those with any label in them
-    i, bit = mask.view(*mask.shape[:-1], -1, 8)[octets].nonzero(as_tuple=True)
-    *outer, last = (index[i] for index in octets)
-    return (*outer, last * 8 + bit)
+def _labelled(target: Tensor, ignore_index: int) -> Tensor:
+    """Indices (P,) where a flat target holds a label; a CPU compares 8 bytes of it at a time."""
+    info, k = torch.iinfo(target.dtype), 8 // target.element_size()
+    if not info.min <= ignore_index <= info.max:  # would wrap around to a class
+        return torch.arange(len(target), device=target.device)
+    if not target.is_cpu or len(target) % k or target.storage_offset() % k:
+        return (target != ignore_index).nonzero()[:, 0]
+    nothing = target.new_full((k,), ignore_index).view(torch.int64)
+    word = (target.view(torch.int64) != nothing).nonzero()[:, 0]  # those with any label in them
+    j, offset = (target.view(-1, k)[word] != ignore_index).nonzero(as_tuple=True)
+    return word[j] * k + offset
 
 
 class PartialFocalCrossEntropyLoss(nn.Module):

@@ -247,6 +247,20 @@ def test_ignore_index_beyond_the_target_type_does_not_wrap_around_to_a_class():
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("start", range(8))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_a_target_may_begin_anywhere_in_memory(start, dtype):
+    logits, target = example(8, 16)
+    want = partial_focal_cross_entropy(logits, target)
+    storage = torch.zeros(start + target.numel(), dtype=dtype)
+    inside = storage[start:].view(target.shape).copy_(target)  # at an offset torch knows of
+    size = target.numel() * dtype.itemsize
+    array = np.zeros(size + 8, np.uint8)[start : start + size].view(f"u{dtype.itemsize}")
+    foreign = torch.from_numpy(array).view(dtype).view(target.shape).copy_(target)  # odd address
+    for moved in (inside, foreign):
+        assert torch.equal(partial_focal_cross_entropy(logits, moved), want)
+
+
 @pytest.mark.parametrize("width", [16, 13])
 def test_strided_and_channels_last_inputs_give_the_same_and_keep_their_layout(width):
     logits, target = example(16, width)
@@ -331,22 +345,46 @@ def test_module_refuses_bad_options_when_it_is_made(options):
         PartialFocalCrossEntropyLoss(**options)
 
 
-def test_at_most_two_synchronisations_per_call():
-    calls = []
+@pytest.mark.parametrize("spatial", [(), (13,), (8, 16)])
+def test_a_gpu_gets_the_same_from_operations_that_every_device_has(monkeypatch, spatial):
+    logits, target = example(*spatial, N=5)
+    plain, away = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    want = partial_focal_cross_entropy(plain, target)
+    want.backward()
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    with Operations() as calls:
+        loss = partial_focal_cross_entropy(away, target)
+        loss.backward()
+    assert not {"take", "put_"} & {call.split(".")[1] for call in calls}, calls
+    assert torch.equal(loss, want) and torch.equal(away.grad, plain.grad)
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if any(word in str(function) for word in ("nonzero", "local_scalar", "item", "equal")):
-                calls.append(str(function))
-            return function(*args, **(kwargs or {}))
 
-    logits, target = example(16, 13)  # a width on which the CPU does what a GPU does
+def test_at_most_two_synchronisations_per_call(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # so that the CPU does what a GPU does
+    logits, target = example(8, 16)
     logits.requires_grad_()
     for alpha in (0.25, [1.0, 2, 3, 4], torch.ones(4)):
-        calls.clear()
-        with Count():
+        with Operations() as calls:
             partial_focal_cross_entropy(logits, target, alpha=alpha).backward()
-        assert 1 <= len(calls) <= 2, calls
+        waits = [
+            call
+            for call in calls
+            if any(word in call for word in ("nonzero", "local_scalar", "item", "equal"))
+        ]
+        assert 1 <= len(waits) <= 2, waits
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that torch executes, as "aten.add.Tensor"."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.calls = []
+        return self.calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
