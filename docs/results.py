@@ -1,11 +1,12 @@
 """The README's tables and its plot, from the numbers that runs left.
 
-python -m docs.results runs/*  writes the finished ones into docs/results.csv, then does as below
+python -m docs.results runs/*  adds the finished ones to docs/results.csv, then does as below
 python -m docs.results         reads docs/results.csv, prints the tables, draws docs/clicks.png
 """
 
 import csv
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from train import parse_args
 
 DOCS = Path(__file__).resolve().parent
-VARIED = ("points", "gamma", "resample", "learn_unlabeled")  # within a table; seeds are averaged
+VARIED = ("points", "gamma", "balance", "resample", "learn_unlabeled")  # within a table
 SCORES = ("miou", "pixel_accuracy", "loss_first", "loss_last", "minutes")
 DENSE_WITHOUT_FOCUS = "--points all --gamma 0"
-PLACE = ("data", "out", "device", "resume", "seed")  # say nothing about the result, or are columns
+UNTOLD = ("data", "out", "device", "resume", "seed")  # say nothing about the result, or are columns
 
 
 def collect(folder: Path) -> dict | None:
@@ -33,7 +34,7 @@ def collect(folder: Path) -> dict | None:
     command += ["python train.py"] + ([] if config["demo"] else ["--data DIR"])
     flags = []
     for name, value in config.items():
-        if name in default and name not in PLACE and (value != default[name] or value is True):
+        if name in default and name not in UNTOLD and (value != default[name] or value is True):
             text = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             (flags if name in VARIED else command).append(text.removesuffix(".0"))
     seconds = statistics.median(float(row["seconds"]) for row in epochs)
@@ -53,6 +54,12 @@ def collect(folder: Path) -> dict | None:
         },
         "torch": config["torch"],
     }
+
+
+def place(row: dict) -> tuple:
+    """What a run is known by in results.csv, and sorted by: numbers as numbers, "all" last."""
+    flags = re.sub(r"\d+", lambda number: number[0].zfill(4), row["flags"])
+    return int(row["epochs"]), row["command"], "--balance" in flags, flags, int(row["seed"])
 
 
 def spread(values: list[float]) -> str:
@@ -134,12 +141,15 @@ def plot(series: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 if __name__ == "__main__":
     if folders := sys.argv[1:]:
-        rows = [row for folder in folders if (row := collect(Path(folder)))]
-        rows.sort(key=lambda row: (row["epochs"], row["command"]))
+        with open(DOCS / "results.csv") as file:
+            reader = csv.DictReader(file)
+            known = {place(row): row for row in reader}
+        new = [row for folder in folders if (row := collect(Path(folder)))]
+        known |= {place(row): row for row in new}  # the same run again replaces its row
         with open(DOCS / "results.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, reader.fieldnames, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(known[key] for key in sorted(known))
     with open(DOCS / "results.csv") as file:
         rows = list(csv.DictReader(file))
     tables(rows)
