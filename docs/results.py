@@ -68,21 +68,21 @@ def spread(values: list[float]) -> str:
     return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def groups(rows: list[dict], name: str) -> dict[str, list[dict]]:
-    """The rows that share a value in column `name`, by that value."""
-    found: dict[str, list[dict]] = {}
+def groups(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    """The rows that share the values in columns `names`, by those values."""
+    found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(row[name], []).append(row)
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
 
 
 def tables(rows: list[dict]) -> None:
     """A table for each command, a row for each set of flags, over its seeds."""
-    for command, of_command in groups(rows, "command").items():
+    for (command,), of_command in groups(rows, "command").items():
         print(f"\n`{command}`\n")
         print("| flags | held-out mIoU | pixel accuracy | loss, first → last | minutes | seeds |")
         print("|---|---|---|---|---|---|")
-        for flags, runs in groups(of_command, "flags").items():
+        for (flags,), runs in groups(of_command, "flags").items():
             column = {name: [float(row[name]) for row in runs] for name in SCORES}
             cells = [
                 f"`{flags}`" if flags else "none",
@@ -134,8 +134,9 @@ def plot(series: dict[str, dict[str, list[float]]], path: Path) -> None:
             pen.circle(mean, 18, color)
             for value in group:  # its seeds
                 pen.circle((at, y(value)), 8, "white", color, 4)
-        under = means[-1][0], y(min(group)) + 24
-        pen.text(under, f"clicks, {name}", color, font, anchor="mt")
+        label = f"clicks, {name}"
+        under = min(means[-1][0], width - right - font.getlength(label) / 2), y(min(group)) + 24
+        pen.text(under, label, color, font, anchor="mt")
     canvas.save(path, optimize=True)
 
 
@@ -153,13 +154,14 @@ if __name__ == "__main__":
     with open(DOCS / "results.csv") as file:
         rows = list(csv.DictReader(file))
     tables(rows)
-    rows = [r for r in rows if r["flags"] in ("", f"--points {r['points']}", DENSE_WITHOUT_FOCUS)]
     rows = [row for row in rows if not {"--demo", "--size"} & set(row["command"].split())]
     series: dict[str, dict[str, list[float]]] = {}
-    for epochs, of_epochs in groups(rows, "epochs").items():
-        of_series = series[f"{epochs} epochs"] = {}
-        for points, of_points in groups(of_epochs, "points").items():
-            runs = groups(of_points, "flags").values()
-            scores = [[float(row["miou"]) for row in of_flags] for of_flags in runs]
-            of_series[points] = max(scores, key=statistics.mean)  # dense: with the better γ
+    for (epochs, flags), runs in groups(rows, "epochs", "flags").items():
+        points, plain = runs[0]["points"], flags.removesuffix("--balance 0").strip()
+        if plain in ("", f"--points {points}", DENSE_WITHOUT_FOCUS):
+            name = f"{epochs} epochs" + (", --balance 0" if plain != flags else "")
+            scores = [float(row["miou"]) for row in runs]
+            known = series.setdefault(name, {}).get(points, [0.0])
+            series[name][points] = max(known, scores, key=statistics.mean)  # dense: the better γ
+    series = {name: scores for name, scores in series.items() if {"10", "100", "all"} <= {*scores}}
     plot(series, DOCS / "clicks.png")
