@@ -35,7 +35,6 @@ import data
 import train
 from data import CLASSES, IGNORE_INDEX, PALETTE, UNLABELED, sample_points
 from pfce import PartialFocalCrossEntropyLoss, partial_focal_cross_entropy
-from train import class_weights
 from unet import UNet, upsample_rows
 
 HERE = Path(__file__).parent
@@ -815,45 +814,13 @@ def test_loss_printed_is_the_mean_over_the_clicked_pixels_of_the_epoch(tiny, tmp
     def spy(logits, target, gamma, alpha):
         labelled = target != IGNORE_INDEX
         p = logits.softmax(1).movedim(1, -1)[labelled].gather(1, target[labelled].long()[:, None])
-        seen.append((0.3 * (1 - p) ** 2 * -p.log()).detach())
+        seen.append((0.25 * (1 - p) ** 2 * -p.log()).detach())
         return partial_focal_cross_entropy(logits, target, gamma=gamma, alpha=alpha)
 
     monkeypatch.setattr("train.partial_focal_cross_entropy", spy)
-    flags = ["--epochs", "1", "--alpha", "0.3", "--balance", "0", "--out", tmp_path / "run"]
-    assert cli("--data", tiny, *QUICK, *flags) is None
+    assert cli("--data", tiny, *QUICK, "--epochs", "1", "--out", tmp_path / "run") is None
     (row,) = metrics(tmp_path / "run")
     assert float(row["loss"]) == pytest.approx(torch.cat(seen).mean().item(), abs=2e-6)
-
-
-def test_class_weights_follow_the_shares_of_the_clicks_with_the_mean_that_was_asked_for():
-    counts = torch.tensor([64, 16, 4, 16])  # shares 0.64, 0.16, 0.04, 0.16: square roots 8, 4, 2, 4
-    half = class_weights(counts, 0.25, 0.5)
-    torch.testing.assert_close(half / half[0], torch.tensor([1.0, 2, 4, 2]))
-    assert (half * counts).sum() / counts.sum() == pytest.approx(0.25)
-    full = class_weights(counts, 0.25, 1) * counts
-    torch.testing.assert_close(full, torch.full((4,), 25 / 4))  # every class counts alike
-    assert class_weights(counts, 0.1, 0).tolist() == torch.full((4,), 0.1).tolist()  # to the bit
-    absent = class_weights(torch.tensor([0, 100]), 0.25, 0.5)
-    torch.testing.assert_close(absent, class_weights(torch.tensor([1, 100]), 0.25, 0.5))
-
-
-def test_weights_come_from_the_clicks_trained_on_and_reach_the_loss(
-    finished, tmp_path, monkeypatch
-):
-    root, run = finished
-    with open(run / "clicks.csv") as file:
-        labels = [row["class"] for row in csv.DictReader(file)]
-    roots = [max(labels.count(name), 1) ** -0.5 for name in CLASSES]
-    scale = 0.25 * len(labels) / sum(r * labels.count(n) for r, n in zip(roots, CLASSES))
-    got = []
-
-    def spy(logits, target, gamma, alpha):
-        got.append(alpha)
-        return partial_focal_cross_entropy(logits, target, gamma=gamma, alpha=alpha)
-
-    monkeypatch.setattr("train.partial_focal_cross_entropy", spy)
-    assert cli("--data", root, *QUICK, "--epochs", "1", "--out", tmp_path / "run") is None
-    torch.testing.assert_close(got[-1], torch.tensor(roots) * scale, rtol=1e-4, atol=0)
 
 
 # ==== your own clicks ====
@@ -1109,8 +1076,6 @@ def test_one_single_image_trains_with_nothing_to_score(tiny, tmp_path, capsys):
         (["--lr", "inf"], ["--lr", "'inf'"]),
         (["--gamma", "-1"], ["--gamma", "'-1'"]),
         (["--alpha", "x"], ["--alpha", "'x'"]),
-        (["--balance", "-1"], ["--balance", "'-1'"]),
-        (["--balance", "900"], ["--balance 900", "too large"]),
         (["--seed", "-1"], ["--seed", "'-1'"]),
         (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
         (["--wieghts", "none"], ["did you mean --weights"]),

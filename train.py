@@ -126,9 +126,6 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
             "--size 32 with one crop in a batch leaves BatchNorm one value; use --size 64"
         )
 
-    counts = class_counts([clicks[s.name] for s in training], len(classes))
-    alpha = class_weights(counts, args.alpha, args.balance).to(device)  # (K,)
-
     # 3. The network, random where it is not pretrained, and its optimiser.
     torch.manual_seed(args.seed)
     model = UNet(len(classes), None if args.weights == "none" or checkpoint else args.weights)
@@ -143,7 +140,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         args=args, out=out, device=device, root=root, scored=scored, training=training,
         held_out=held_out, unclicked=unclicked, clicks=clicks, crops=crops, model=model,
         optimizer=optimizer, schedule=schedule, steps=steps, crops_per_epoch=crops_per_epoch,
-        counts=counts, alpha=alpha, history=[], resumed=bool(checkpoint),
+        history=[], resumed=bool(checkpoint),
     )  # fmt: skip
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -198,28 +195,6 @@ def labelled(label_map: Tensor) -> int:
     return int((label_map != IGNORE_INDEX).sum())
 
 
-def class_counts(label_maps: list[Tensor], K: int) -> Tensor:
-    """(K,) labelled pixels of every class."""
-    return sum(m[m != IGNORE_INDEX].long().bincount(minlength=K) for m in label_maps)
-
-
-def class_weights(counts: Tensor, mean: float, balance: float) -> Tensor:
-    """One α per class, from its share of the labels: α_c ∝ share_c^−balance, `mean` over all labels.
-
-    0 weighs all labels alike, 1 all classes alike (the inverse frequency of Lin et al. 2017,
-    arXiv:1708.02002, section 3.1), 0.5 lies between. A class without a label counts as one.
-
-    counts (K,) → (K,) float32. Raises ValueError where they are not finite.
-    """
-    counts = counts.clamp(min=1).double()
-    shares = counts / counts.sum()
-    weights = shares**-balance
-    weights = (mean * weights / (shares * weights).sum()).float()
-    if not weights.isfinite().all():
-        raise ValueError(f"--alpha {mean:g} --balance {balance:g}: too large for class weights")
-    return weights
-
-
 def train_one_epoch(run: SimpleNamespace, epoch: int) -> float:
     """Returns the mean loss of the labelled pixels in all crops of the epoch."""
     args, device, model = run.args, run.device, run.model
@@ -236,7 +211,7 @@ def train_one_epoch(run: SimpleNamespace, epoch: int) -> float:
         images = images.to(memory_format=torch.channels_last).float() / 255  # (N, 3, S, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(images)  # (N, K, S, S)
-        loss = partial_focal_cross_entropy(logits, target, gamma=args.gamma, alpha=run.alpha)
+        loss = partial_focal_cross_entropy(logits, target, gamma=args.gamma, alpha=args.alpha)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
                 f"the loss is {value} at epoch {epoch}, step {step}; try a lower --lr"
@@ -330,9 +305,10 @@ def replacing(path: Path):
 
 def describe(run: SimpleNamespace) -> None:
     args, model = run.args, run.model
-    number = int(run.counts.sum())
-    pixels = sum(run.clicks[s.name].numel() for s in run.training)
-    shares = (run.counts / number).tolist()
+    points = torch.cat([run.clicks[s.name].flatten() for s in run.training])
+    counts = points[points != IGNORE_INDEX].long().bincount(minlength=len(model.classes))
+    shares = counts / counts.sum()
+    number = int(counts.sum())
     kind = "labelled pixels (dense masks)" if args.points == "all" else "clicks"
     fresh = ", drawn afresh every epoch" if args.resample else ""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -341,11 +317,9 @@ def describe(run: SimpleNamespace) -> None:
     lines = [
         f"data      {run.root}, {tiles} folders",
         f"images    {len(run.training)} for training, {len(run.held_out)} held out",
-        f"labels    {number:,} {kind}{fresh}, {number / pixels:.4%} of the training pixels",
-        "          " + ", ".join(f"{n} {s:.1%}" for n, s in zip(model.classes, shares)),
+        f"labels    {number:,} {kind}{fresh}, {number / len(points):.4%} of the training pixels",
+        "          " + ", ".join(f"{n} {s:.1%}" for n, s in zip(model.classes, shares.tolist())),
         f"network   U-Net on ResNet-34, {parameters:.1f} M parameters, weights {args.weights}",
-        f"loss      γ {args.gamma:g}, α "
-        + ", ".join(f"{n} {a:.2f}" for n, a in zip(model.classes, run.alpha.tolist())),
         f"training  {args.epochs} epochs of {run.steps} steps, each {step}",
         f"device    {run.device}, torch {torch.__version__}",
         f"output    {run.out}",
@@ -530,7 +504,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", metavar="X", type=real(0, True), default=1e-3, help="peak of the cycle [0.001]")
     add("--gamma", metavar="X", type=real(0), default=2.0, help="focusing exponent [2]")
     add("--alpha", metavar="X", type=real(0), default=0.25, help="weight of the loss [0.25]")
-    add("--balance", metavar="X", type=real(0), default=0.5, help="α of a class ∝ share^−X [0.5]")
     add("--weights", metavar="imagenet|none|FILE", help="encoder [imagenet; with --demo none]")
     add("--score-every", metavar="N", type=whole(1), default=1, help="epochs; the last always [1]")
     add("--seed", metavar="N", type=whole(0), default=0, help="of every random draw [0]")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from train import parse_args
 
 DOCS = Path(__file__).resolve().parent
-VARIED = ("points", "gamma", "balance", "resample", "learn_unlabeled")  # within a table
+VARIED = ("points", "gamma", "resample", "learn_unlabeled")  # within a table; seeds are averaged
 SCORES = ("miou", "pixel_accuracy", "loss_first", "loss_last", "minutes")
 DENSE_WITHOUT_FOCUS = "--points all --gamma 0"
 UNTOLD = ("data", "out", "device", "resume", "seed")  # say nothing about the result, or are columns
@@ -57,9 +57,10 @@ def collect(folder: Path) -> dict | None:
 
 
 def place(row: dict) -> tuple:
-    """What a run is known by in results.csv, and sorted by: numbers as numbers, "all" last."""
-    flags = re.sub(r"\d+", lambda number: number[0].zfill(4), row["flags"])
-    return int(row["epochs"]), row["command"], "--balance" in flags, flags, int(row["seed"])
+    """What a run is known by in results.csv, and sorted by: no flags, then clicks, then others."""
+    flags = re.sub(r"\d+", lambda number: number[0].zfill(4), row["flags"])  # 30 before 100
+    kind = (flags != "") + ("--points" not in flags)
+    return int(row["epochs"]), row["command"], kind, flags, int(row["seed"])
 
 
 def spread(values: list[float]) -> str:
@@ -68,21 +69,21 @@ def spread(values: list[float]) -> str:
     return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def groups(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
-    """The rows that share the values in columns `names`, by those values."""
-    found: dict[tuple, list[dict]] = {}
+def groups(rows: list[dict], name: str) -> dict[str, list[dict]]:
+    """The rows that share a value in column `name`, by that value."""
+    found: dict[str, list[dict]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in names), []).append(row)
+        found.setdefault(row[name], []).append(row)
     return found
 
 
 def tables(rows: list[dict]) -> None:
     """A table for each command, a row for each set of flags, over its seeds."""
-    for (command,), of_command in groups(rows, "command").items():
+    for command, of_command in groups(rows, "command").items():
         print(f"\n`{command}`\n")
-        print("| flags | held-out mIoU | pixel accuracy | loss, first → last | minutes | seeds |")
-        print("|---|---|---|---|---|---|")
-        for (flags,), runs in groups(of_command, "flags").items():
+        print("| flags | held-out mIoU | pixel accuracy | loss, first → last | minutes | seeds | torch |")
+        print("|---|---|---|---|---|---|---|")
+        for flags, runs in groups(of_command, "flags").items():
             column = {name: [float(row[name]) for row in runs] for name in SCORES}
             cells = [
                 f"`{flags}`" if flags else "none",
@@ -93,6 +94,7 @@ def tables(rows: list[dict]) -> None:
                 ),
                 f"{statistics.median(column['minutes']):.0f}",
                 ", ".join(row["seed"] for row in runs),
+                ", ".join(sorted({row["torch"].partition("+")[0] for row in runs})),
             ]
             print(f"| {' | '.join(cells)} |")
 
@@ -126,7 +128,7 @@ def plot(series: dict[str, dict[str, list[float]]], path: Path) -> None:
             for start in range(left, width - right, 40):
                 pen.line((start, ceiling, start + 22, ceiling), color, 6)
             label = f"every labelled pixel, {name}"
-            pen.text((left + 10, ceiling - 10), label, color, font, anchor="ls")
+            pen.text((left + 10, ceiling - 16), label, color, font, anchor="ls")
         points = [(x(n), scores[str(n)]) for n in clicks if str(n) in scores]
         means = [(at, y(statistics.mean(group))) for at, group in points]
         pen.line([xy for mean in means for xy in mean], color, 8)
@@ -154,14 +156,16 @@ if __name__ == "__main__":
     with open(DOCS / "results.csv") as file:
         rows = list(csv.DictReader(file))
     tables(rows)
+    rows = [r for r in rows if r["flags"] in ("", f"--points {r['points']}", DENSE_WITHOUT_FOCUS)]
     rows = [row for row in rows if not {"--demo", "--size"} & set(row["command"].split())]
     series: dict[str, dict[str, list[float]]] = {}
-    for (epochs, flags), runs in groups(rows, "epochs", "flags").items():
-        points, plain = runs[0]["points"], flags.removesuffix("--balance 0").strip()
-        if plain in ("", f"--points {points}", DENSE_WITHOUT_FOCUS):
-            name = f"{epochs} epochs" + (", --balance 0" if plain != flags else "")
-            scores = [float(row["miou"]) for row in runs]
-            known = series.setdefault(name, {}).get(points, [0.0])
-            series[name][points] = max(known, scores, key=statistics.mean)  # dense: the better γ
-    series = {name: scores for name, scores in series.items() if {"10", "100", "all"} <= {*scores}}
+    for epochs, of_epochs in groups(rows, "epochs").items():
+        of_points = groups(of_epochs, "points")
+        if not {"10", "100", "all"} <= set(of_points):
+            continue  # no curve of it
+        of_series = series[f"{epochs} epochs"] = {}
+        for points, of_these in of_points.items():
+            runs = groups(of_these, "flags").values()
+            scores = [[float(row["miou"]) for row in of_flags] for of_flags in runs]
+            of_series[points] = max(scores, key=statistics.mean)  # dense: with the better γ
     plot(series, DOCS / "clicks.png")
