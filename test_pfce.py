@@ -189,6 +189,14 @@ def test_one_minus_p_is_not_cancelled_in_float32(gap, gamma):
     assert loss.item() == pytest.approx(q**gamma * math.log1p(math.exp(-gap)), rel=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0, 0.5, 2])
+def test_a_label_that_the_logits_rule_out_costs_infinity_as_in_torch(gamma):
+    logits, target = torch.tensor([[[-math.inf], [0.0]]]), torch.tensor([[0]])
+    assert F.cross_entropy(logits, target) == math.inf
+    assert partial_focal_cross_entropy(logits, target, gamma=gamma) == math.inf
+    assert partial_focal_cross_entropy(logits, 1 - target, gamma=gamma) == 0
+
+
 def test_float64_keeps_its_precision_on_pixels_that_are_wrong():
     logits = torch.tensor([[[-22.0], [0.0]]], dtype=torch.float64)
     loss = partial_focal_cross_entropy(logits, torch.tensor([[0]]), gamma=0, alpha=1)

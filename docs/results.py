@@ -81,7 +81,9 @@ def tables(rows: list[dict]) -> None:
     """A table for each command, a row for each set of flags, over its seeds."""
     for command, of_command in groups(rows, "command").items():
         print(f"\n`{command}`\n")
-        print("| flags | held-out mIoU | pixel accuracy | loss, first → last | minutes | seeds | torch |")
+        print(
+            "| flags | held-out mIoU | pixel accuracy | loss, first → last | minutes | seeds | torch |"
+        )
         print("|---|---|---|---|---|---|---|")
         for flags, runs in groups(of_command, "flags").items():
             column = {name: [float(row[name]) for row in runs] for name in SCORES}
