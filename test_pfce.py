@@ -700,7 +700,18 @@ def quick_runs(monkeypatch, tmp_path):
         checkpoint.unlink()
 
 
-QUICK = ["--weights", "none", "--size", "32", "--epochs", "2", "--points", "20"]
+QUICK = [
+    "--weights",
+    "none",
+    "--size",
+    "48",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "2",
+    "--points",
+    "20",
+]
 
 
 def cli(*arguments) -> str | None:
@@ -829,6 +840,43 @@ def test_loss_printed_is_the_mean_over_the_clicked_pixels_of_the_epoch(tiny, tmp
     assert cli("--data", tiny, *QUICK, "--epochs", "1", "--out", tmp_path / "run") is None
     (row,) = metrics(tmp_path / "run")
     assert float(row["loss"]) == pytest.approx(torch.cat(seen).mean().item(), abs=2e-6)
+
+
+def test_bfloat16_is_used_only_where_the_machine_is_fast_at_it(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(logits, target, **options):
+        seen.append(logits.dtype)
+        return partial_focal_cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr("train.partial_focal_cross_entropy", spy)
+    for fast, precision in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda fast=fast: {"amx_bf16": fast}, raising=False
+        )
+        out = tmp_path / str(fast)
+        assert cli("--data", tiny, *QUICK, "--epochs", "1", "--device", "cpu", "--out", out) is None
+        assert set(seen) == {precision}
+        assert json.loads((out / "config.json").read_text())["precision"] == str(precision)[6:]
+        seen.clear()
+
+
+@pytest.mark.parametrize("weights, gentler", [("none", 1), ("resnet34.pth", 10)])
+def test_a_pretrained_encoder_learns_at_a_tenth_of_the_rate(tiny, tmp_path, weights, gentler):
+    if weights != "none":
+        weights = tmp_path / weights
+        torch.save(torchvision.models.resnet34().state_dict(), weights)
+    flags = ["--data", tiny, *QUICK, "--weights", weights, "--lr", "0.5"]
+    run = train.prepare(train.parse_args([str(flag) for flag in flags]))
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    rates = {
+        names.pop(parameter): group["max_lr"]
+        for group in run.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert not names  # all of them learn
+    for name, rate in rates.items():
+        assert rate == pytest.approx(0.5 / gentler if name.startswith("encoder.") else 0.5)
 
 
 # ==== your own clicks ====
@@ -1077,8 +1125,7 @@ def test_one_single_image_trains_with_nothing_to_score(tiny, tmp_path, capsys):
         (["--seed", "99999999999999999999"], ["--seed"]),
         (["--points", "some"], ["--points", "'some'"]),
         (["--batch-size", "nan"], ["--batch-size", "'nan'"]),
-        (["--size", "31"], ["--size", "at least 32"]),
-        (["--size", "32", "--batch-size", "1"], ["--size 32", "BatchNorm"]),
+        (["--size", "47"], ["--size", "at least 48"]),
         (["--scale", "0"], ["--scale", "above 0"]),
         (["--lr", "nan"], ["--lr", "'nan'"]),
         (["--lr", "inf"], ["--lr", "'inf'"]),

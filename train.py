@@ -37,7 +37,7 @@ from data import IGNORE_INDEX
 from pfce import partial_focal_cross_entropy
 from unet import UNet, read_checkpoint
 
-CROPS_PER_IMAGE = 4  # an epoch draws 4 crops per image: with S = 128 the pixels of one 256×256,
+EPOCH_PIXELS = 256**2  # an epoch draws crops of so many pixels per image: 16 crops for S = 64,
 MIN_STEPS = 10  # and at least 10 batches, so that a handful of images is trained on, too
 
 
@@ -92,6 +92,10 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
             raise ValueError(f"--{flag} {value}: there is no such file")
     device = usable_device(args.device)
     args.device = str(device)
+    # bfloat16 where it is fast: on CUDA, and on a CPU with AMX, which then needs half the time.
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+    fast = device.type == "cuda" or device.type == "cpu" and cpu.get("amx_bf16", False)
+    precision = "bfloat16" if fast else "float32"
 
     # 1. The images. Unlabeled may be learnt as a last class, but is never scored.
     started = time.time()
@@ -119,12 +123,7 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         raise ValueError(f"the images in {root} are not those that the run was started with")
     dense = args.points == "all"
     crops = [data.Crops(s.image, clicks[s.name], args.scale, args.size, dense) for s in training]
-    crops_per_epoch = max(len(crops) * CROPS_PER_IMAGE, args.batch_size * MIN_STEPS)
-    last_batch = (crops_per_epoch - 1) % args.batch_size + 1
-    if args.size == 32 and 1 in (args.batch_size, last_batch):
-        raise ValueError(
-            "--size 32 with one crop in a batch leaves BatchNorm one value; use --size 64"
-        )
+    crops_per_epoch = max(len(crops) * EPOCH_PIXELS // args.size**2, args.batch_size * MIN_STEPS)
 
     # 3. The network, random where it is not pretrained, and its optimiser.
     torch.manual_seed(args.seed)
@@ -133,14 +132,17 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     model.classes, model.palette, model.scale = classes, [list(c) for c in palette], args.scale
     longest = max(max(c.labels.shape) for c in crops)
     model.tile = min(max(longest, 512), 1280)  # about as large as the training images; see predict
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": model.encoder.parameters()}, {"params": decoder}]
+    rates = [args.lr if args.weights == "none" else args.lr / 10, args.lr]  # pretrained: gently
+    optimizer = torch.optim.AdamW(groups, fused=True)
     steps = math.ceil(crops_per_epoch / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps * args.epochs)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps * args.epochs)
     run = SimpleNamespace(
-        args=args, out=out, device=device, root=root, scored=scored, training=training,
-        held_out=held_out, unclicked=unclicked, clicks=clicks, crops=crops, model=model,
-        optimizer=optimizer, schedule=schedule, steps=steps, crops_per_epoch=crops_per_epoch,
-        history=[], resumed=bool(checkpoint),
+        args=args, out=out, device=device, precision=precision, root=root, scored=scored,
+        training=training, held_out=held_out, unclicked=unclicked, clicks=clicks, crops=crops,
+        model=model, optimizer=optimizer, schedule=schedule, steps=steps,
+        crops_per_epoch=crops_per_epoch, history=[], resumed=bool(checkpoint),
     )  # fmt: skip
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -161,6 +163,7 @@ def begin(run: SimpleNamespace) -> None:
     here = {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "precision": run.precision,
         "threads": torch.get_num_threads(),  # on a CPU, sums depend on it in the last digits
     }
     (out / "config.json").write_text(json.dumps(vars(args) | here, indent=2) + "\n")
@@ -209,7 +212,7 @@ def train_one_epoch(run: SimpleNamespace, epoch: int) -> float:
         images = torch.stack([image for image, _ in batch]).to(device)  # (N, 3, S, S) uint8
         target = torch.stack([labels for _, labels in batch]).to(device)  # (N, S, S) uint8
         images = images.to(memory_format=torch.channels_last).float() / 255  # (N, 3, S, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
             logits = model(images)  # (N, K, S, S)
         loss = partial_focal_cross_entropy(logits, target, gamma=args.gamma, alpha=args.alpha)
         if not math.isfinite(value := loss.item()):
@@ -321,7 +324,7 @@ def describe(run: SimpleNamespace) -> None:
         "          " + ", ".join(f"{n} {s:.1%}" for n, s in zip(model.classes, shares.tolist())),
         f"network   U-Net on ResNet-34, {parameters:.1f} M parameters, weights {args.weights}",
         f"training  {args.epochs} epochs of {run.steps} steps, each {step}",
-        f"device    {run.device}, torch {torch.__version__}",
+        f"device    {run.device}, {run.precision}, torch {torch.__version__}",
         f"output    {run.out}",
     ]
     if run.unclicked:
@@ -498,10 +501,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clicks", metavar="FILE", help="CSV image,x,y,class: these clicks, not simulated ones")
     add("--classes", metavar="FILE", help="CSV class,color: your classes and their mask colours")
     add("--epochs", metavar="N", type=whole(1), default=5, help="[5]")
-    add("--batch-size", metavar="N", type=whole(1), default=8, help="crops per step [8]")
-    add("--size", metavar="N", type=whole(32), default=128, help="side of the crops [128]")
+    add("--batch-size", metavar="N", type=whole(1), default=32, help="crops per step [32]")
+    add("--size", metavar="N", type=whole(48), default=64, help="side of the crops [64]")
     add("--scale", metavar="X", type=real(0, True), default=0.5, help="resize all images by [0.5]")
-    add("--lr", metavar="X", type=real(0, True), default=1e-3, help="peak of the cycle [0.001]")
+    add("--lr", metavar="X", type=real(0, True), default=2e-3, help="peak of the cycle [0.002]")
     add("--gamma", metavar="X", type=real(0), default=2.0, help="focusing exponent [2]")
     add("--alpha", metavar="X", type=real(0), default=0.25, help="weight of the loss [0.25]")
     add("--weights", metavar="imagenet|none|FILE", help="encoder [imagenet; with --demo none]")
