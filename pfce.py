@@ -35,11 +35,11 @@ def partial_focal_cross_entropy(
         raise ValueError(f"logits must be floats of shape (N, C, *spatial), got {got}")
     N, C, *spatial = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    alpha = torch.as_tensor(alpha, dtype=dtype).to(logits.device, non_blocking=True)
-    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    alpha = torch.as_tensor(alpha, dtype=dtype).to(logits.device, non_blocking=logits.is_cuda)
+    integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     shape, reductions = (N, *spatial), ("mean", "sum", "none")
     for name, fits, wanted, got in (
-        ("target", whole, "hold integer class indices", target.dtype),
+        ("target", integer, "hold integer class indices", target.dtype),
         ("target", target.shape == shape, f"have shape {shape}", tuple(target.shape)),
         ("gamma", 0 <= gamma < float("inf"), "be a finite number >= 0", gamma),
         ("alpha", alpha.shape in ((), (C,)), f"be one number or {C} weights", tuple(alpha.shape)),
@@ -52,26 +52,28 @@ def partial_focal_cross_entropy(
     i = _labelled(target.reshape(-1), ignore_index)  # (P,)
     y = target.reshape(-1)[i][None].long()  # (1, P)
     wrong_y = y != y.clamp(0, C - 1)
-    wrong_alpha = alpha != alpha.clamp(0, torch.finfo(dtype).max)
+    wrong_alpha = alpha != alpha.clamp(0, torch.finfo(dtype).max)  # also where it is NaN
     if wrong_y.any() | wrong_alpha.any():  # one question to the GPU, not two
         if wrong_alpha.any():
             raise ValueError(f"alpha must be finite and >= 0, got {alpha.tolist()}")
         got = f"got {y[wrong_y][0].item()} with {ignore_index=}"
         raise ValueError(f"target must lie in 0…{C - 1} or be ignore_index, {got}")
 
-    # 2. Their logits. Of the S pixels of image n, pixel s has index n·S + s in target.
+    # 2. Their logits. Pixel s of the S in image n has index i = n·S + s in target, and its class c
+    #    has index (n·C + c)·S + s in logits.
     S = torch.Size(spatial).numel()
     n = i // S  # (P,)
     if logits.is_cpu:  # fast, and the gradient comes out in the memory layout of the logits
-        z = logits.take(i + n * (C * S - S) + torch.arange(C)[:, None] * S)  # (C, P)
+        c = torch.arange(C, device=i.device)[:, None]  # (C, 1)
+        z = logits.take(i + (n * (C - 1) + c) * S)  # (C, P)
     else:  # MPS has no `take`, and CUDA no deterministic gradient of it
         z = logits.reshape(N, C, S)[n, :, i % S].T  # (C, P)
     z = z.to(dtype)
 
-    # 3. The formula, with p = sigmoid(−s): no cancellation in 1 − p, and log(1 − p) is finite even
-    #    where 1 − p underflows, so that gradients are finite for 0 < γ < 1 too.
+    # 3. The formula, by s = log((1 − p) / p): −log p = softplus(s), −log(1 − p) = softplus(−s).
+    #    1 − p is never formed: it would cancel, and underflow to an infinite gradient for γ < 1.
     others = z.scatter(0, y, torch.finfo(dtype).min)  # (C, P), the own class taken out
-    s = others.logsumexp(0, keepdim=True) - z.gather(0, y)  # (1, P), log((1 − p) / p)
+    s = others.logsumexp(0, keepdim=True) - z.gather(0, y)  # (1, P)
     minus_log_p, minus_log_1_minus_p = (F.softplus(x, threshold=40) for x in (s, -s))  # (1, P)
     loss = alpha.expand(C)[y] * (-gamma * minus_log_1_minus_p).exp() * minus_log_p  # (1, P)
 
@@ -85,11 +87,12 @@ def _labelled(target: Tensor, ignore_index: int) -> Tensor:
     info, k = torch.iinfo(target.dtype), 8 // target.element_size()
     if not info.min <= ignore_index <= info.max:  # would wrap around to a class
         return torch.arange(len(target), device=target.device)
-    if not target.is_cpu or len(target) % k or target.storage_offset() % k:
+    aligned = target.is_contiguous() and not (len(target) % k or target.storage_offset() % k)
+    if not (target.is_cpu and aligned):
         return (target != ignore_index).nonzero()[:, 0]
     nothing = target.new_full((k,), ignore_index).view(torch.int64)
     word = (target.view(torch.int64) != nothing).nonzero()  # (W, 1), those with a label in them
-    i = (word * k + torch.arange(k)).view(-1)  # (W·k,)
+    i = (word * k + torch.arange(k, device=word.device)).view(-1)  # (W·k,)
     return i[target[i] != ignore_index]
 
 

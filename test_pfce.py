@@ -35,7 +35,7 @@ import data
 import train
 from data import CLASSES, IGNORE_INDEX, PALETTE, UNLABELED, sample_points
 from pfce import PartialFocalCrossEntropyLoss, partial_focal_cross_entropy
-from unet import UNet, upsample_rows
+from unet import UNet, starts, upsample_rows
 
 HERE = Path(__file__).parent
 
@@ -267,6 +267,18 @@ def test_a_target_may_begin_anywhere_in_memory(start, dtype):
     foreign = torch.from_numpy(array).view(dtype).view(target.shape).copy_(target)  # odd address
     for moved in (inside, foreign):
         assert torch.equal(partial_focal_cross_entropy(logits, moved), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_a_target_may_be_every_second_value_or_one_value_expanded(dtype):
+    logits, target = example(8, 16)
+    target = target.to(dtype)
+    second = target.repeat_interleave(2, dim=-1)[..., ::2]
+    want = partial_focal_cross_entropy(logits, target)
+    assert torch.equal(partial_focal_cross_entropy(logits, second), want)
+    row = target[:, :1].expand(-1, 8, -1)
+    want = partial_focal_cross_entropy(logits, row.clone())
+    assert torch.equal(partial_focal_cross_entropy(logits, row), want)
 
 
 @pytest.mark.parametrize("width", [16, 13])
@@ -675,15 +687,19 @@ def test_predict_leaves_the_model_in_the_mode_it_was_in(model):
     model.eval()
 
 
-def test_windows_cover_every_pixel_and_overlap():
-    from unet import windows
+def test_windows_cover_every_pixel_and_overlap_by_a_quarter():
+    for length in (32, 63, 64, 65, 88, 128, 163, 625):
+        begins = starts(length, 64)
+        assert begins[0] == 0 and begins[-1] == max(0, length - 64)
+        assert all(0 < b - a <= 48 for a, b in itertools.pairwise(begins))
 
-    for length in (32, 511, 512, 513, 700, 1024, 1300, 5000):
-        spans = windows(length, 512)
-        assert spans[0][0] == 0 and sum(spans[-1]) == length
-        assert all(size == min(length, 512) for _, size in spans)
-        steps = [b[0] - a[0] for a, b in itertools.pairwise(spans)]
-        assert all(0 < step <= 384 for step in steps)
+
+def test_predict_sees_windows_of_the_size_of_the_training_crops(model):
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[2:]))
+    model.predict(Image.new("RGB", (300, 100)))
+    hook.remove()
+    assert set(sizes) == {(model.tile, model.tile)}
 
 
 # ==== train.py: whole runs ====
@@ -694,6 +710,7 @@ def quick_runs(monkeypatch, tmp_path):
     """Runs in this process take no ten steps an epoch for four small images, and do not wait until
     each checkpoint of 290 MB has reached the disk; their checkpoints go with the test."""
     monkeypatch.setattr(train, "MIN_STEPS", 1)
+    monkeypatch.setattr(train, "EPOCH_PIXELS", 4 * 48**2)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     yield
     for checkpoint in tmp_path.rglob("checkpoint.pt"):
@@ -730,6 +747,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "MIN_STEPS", 1)
+        patch.setattr(train, "EPOCH_PIXELS", 4 * 48**2)
         root = make_tiny(folder)
         assert cli("--data", root, *QUICK, "--out", folder / "run") is None
     return root, folder / "run"
@@ -832,7 +850,12 @@ def test_loss_printed_is_the_mean_over_the_clicked_pixels_of_the_epoch(tiny, tmp
 
     def spy(logits, target, gamma, alpha):
         labelled = target != IGNORE_INDEX
-        p = logits.softmax(1).movedim(1, -1)[labelled].gather(1, target[labelled].long()[:, None])
+        p = (
+            logits.float()
+            .softmax(1)
+            .movedim(1, -1)[labelled]
+            .gather(1, target[labelled].long()[:, None])
+        )
         seen.append((0.25 * (1 - p) ** 2 * -p.log()).detach())
         return partial_focal_cross_entropy(logits, target, gamma=gamma, alpha=alpha)
 
@@ -1203,6 +1226,7 @@ def wait_for(condition, process, seconds=90):
 
 def test_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MIN_STEPS", 10)  # as in the process to be killed
+    monkeypatch.setattr(train, "EPOCH_PIXELS", 256**2)
     flags = ["--data", tiny, *QUICK, "--epochs", "3", "--batch-size", "2", "--resample"]
     assert cli(*flags, "--out", tmp_path / "alone") is None
     out = tmp_path / "killed"
@@ -1507,15 +1531,14 @@ def benchmark_predict(checkpoint: str) -> None:
             canvas.paste(next(corners).crop((0, 0, 384, 352)), (x, y))
         return canvas
 
-    def shifted(length, tile, regular=unet.windows):
-        half = tile // 2
-        return [(0, half + tile // 4)] + [(a + half, n) for a, n in regular(length - half, tile)]
+    def shifted(length, tile, regular=unet.starts):
+        return [0] + [start + tile // 2 for start in regular(length - tile // 2, tile)]
 
     image = mosaic(4000)
     here = model.predict(image)
-    unet.windows, regular = shifted, unet.windows
+    unet.starts, regular = shifted, unet.starts
     there = model.predict(image)
-    unet.windows = regular
+    unet.starts = regular
     print(f"windows of {model.tile} pixels at scale {model.scale:g}; 4000×4000, grid shifted by")
     print(f"half a window: {(here != there).mean():.2%} of the pixels change their class")
     image = mosaic(10_000)

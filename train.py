@@ -92,9 +92,12 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
             raise ValueError(f"--{flag} {value}: there is no such file")
     device = usable_device(args.device)
     args.device = str(device)
-    # bfloat16 where it is fast: on CUDA, and on a CPU with AMX, which then needs half the time.
+    # bfloat16 where it is fast: on most of CUDA, and on a CPU with AMX, in half the time.
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-    fast = device.type == "cuda" or device.type == "cpu" and cpu.get("amx_bf16", False)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and cpu.get("amx_bf16", False)
     precision = "bfloat16" if fast else "float32"
 
     # 1. The images. Unlabeled may be learnt as a last class, but is never scored.
@@ -129,9 +132,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     torch.manual_seed(args.seed)
     model = UNet(len(classes), None if args.weights == "none" or checkpoint else args.weights)
     model.to(device, memory_format=torch.channels_last)
-    model.classes, model.palette, model.scale = classes, [list(c) for c in palette], args.scale
-    longest = max(max(c.labels.shape) for c in crops)
-    model.tile = min(max(longest, 512), 1280)  # about as large as the training images; see predict
+    model.classes, model.palette = classes, [list(color) for color in palette]
+    model.scale, model.tile = args.scale, args.size
     decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": model.encoder.parameters()}, {"params": decoder}]
     rates = [args.lr if args.weights == "none" else args.lr / 10, args.lr]  # pretrained: gently
@@ -145,8 +147,11 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
         crops_per_epoch=crops_per_epoch, history=[], resumed=bool(checkpoint),
     )  # fmt: skip
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError):
+            raise ValueError(f"{out} is a run of another version of train.py; start anew") from None
         schedule.load_state_dict(checkpoint["schedule"])
         run.history = checkpoint["history"]
     return run

@@ -21,6 +21,8 @@ model = UNet.load("runs/…/checkpoint.pt")            # after training with tra
 class_map = model.predict(Image.open("photo.jpg"))   # (H, W) uint8, at the photo's own size
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ class UNet(nn.Module):
         self.classes: list[str] = [str(c) for c in range(num_classes)]
         self.palette: list[list[int]] = []  # RGB of each class
         self.scale = 1.0  # the image is resized by this before it enters the network
-        self.tile = 512  # side of the windows that a large image is predicted in, after resizing
+        self.tile = 64  # side of the windows that it is predicted in, after resizing
 
     def forward(self, image: Tensor) -> Tensor:
         e = self.encoder
@@ -98,9 +100,10 @@ class UNet(nn.Module):
     def predict(self, image) -> "numpy.ndarray":  # noqa: F821 (named, not imported)
         """The class map of an 8-bit Pillow image of any size: (H, W) uint8, the image's own size.
 
-        The image is scaled by `self.scale`, predicted in windows of at most `self.tile` pixels that
-        overlap by a quarter or more and are blended with weights that fall to their edges; the
-        blended logits are brought back to the image's size.
+        The image is scaled by `self.scale` and predicted in windows of `self.tile` pixels that
+        overlap by a quarter or more, blended with weights that fall to their edges; the logits are
+        brought back to the image's size. Windows are as large as the training crops: in larger ones
+        the deep layers, 2×2 pixels small, would see less zero padding than they were trained with.
         """
         if image.mode[0] in "IF":  # Pillow would clip their values, not scale them
             raise ValueError(f"the image has {image.mode} pixels; convert it to 8 bits per channel")
@@ -108,16 +111,19 @@ class UNet(nn.Module):
         self.eval()
         W, H = image.size
         h, w = (max(32, round(side * self.scale)) for side in (H, W))
-        x = pil_to_tensor(resize(image.convert("RGB"), [h, w]))[None]  # (1, 3, h, w) uint8
+        pixels = pil_to_tensor(resize(image.convert("RGB"), [h, w]))  # (3, h, w) uint8
         logits = torch.zeros(1, self.head.out_channels, h, w)
         total = torch.zeros(h, w)  # the sum of the weights at each pixel
-        for top, dy in windows(h, self.tile):
-            for left, dx in windows(w, self.tile):
-                window = (..., slice(top, top + dy), slice(left, left + dx))
-                weight = hat(dy)[:, None] * hat(dx)  # (dy, dx)
-                z = self(x[window].to(device).float() / 255)  # (1, C, dy, dx)
-                logits[window] += z.cpu() * weight
-                total[window] += weight
+        dy, dx = min(h, self.tile), min(w, self.tile)
+        weight = hat(dy)[:, None] * hat(dx)  # (dy, dx)
+        corners = list(itertools.product(starts(h, self.tile), starts(w, self.tile)))
+        n = max(1, 2**18 // (dy * dx))  # windows at a time
+        for some in (corners[i : i + n] for i in range(0, len(corners), n)):
+            places = [(..., slice(y, y + dy), slice(x, x + dx)) for y, x in some]
+            batch = torch.stack([pixels[place] for place in places]).to(device)  # (n, 3, dy, dx)
+            for place, z in zip(places, self(batch.float() / 255).cpu()):  # z (C, dy, dx)
+                logits[0][place] += z * weight
+                total[place] += weight
         logits /= total
         self.train(was_training)
         class_map = torch.empty(H, W, dtype=torch.uint8)
@@ -180,12 +186,12 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def windows(length: int, tile: int) -> list[tuple[int, int]]:
-    """(start, length) of windows that cover `length`, overlapping by a quarter or more."""
+def starts(length: int, tile: int) -> list[int]:
+    """Where windows of `tile` begin that cover `length` and overlap by a quarter or more."""
     if length <= tile:
-        return [(0, length)]
+        return [0]
     steps = -(-(length - tile) // (tile * 3 // 4))  # rounded up
-    return [(round(i * (length - tile) / steps), tile) for i in range(steps + 1)]
+    return [round(i * (length - tile) / steps) for i in range(steps + 1)]
 
 
 def hat(n: int) -> Tensor:

@@ -53,6 +53,7 @@ def collect(folder: Path) -> dict | None:
             if k == "miou" or k == "pixel_accuracy" or "iou_" in k
         },
         "torch": config["torch"],
+        "precision": config["precision"],
     }
 
 
@@ -81,10 +82,9 @@ def tables(rows: list[dict]) -> None:
     """A table for each command, a row for each set of flags, over its seeds."""
     for command, of_command in groups(rows, "command").items():
         print(f"\n`{command}`\n")
-        print(
-            "| flags | held-out mIoU | pixel accuracy | loss, first → last | minutes | seeds | torch |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        head = "flags, held-out mIoU, pixel accuracy, loss first → last, minutes, seeds, torch"
+        print(f"| {' | '.join(head.split(', '))} |")
+        print("|---" * (head.count(", ") + 1) + "|")
         for flags, runs in groups(of_command, "flags").items():
             column = {name: [float(row[name]) for row in runs] for name in SCORES}
             cells = [
