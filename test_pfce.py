@@ -1,6 +1,6 @@
 """Every test of the project. Each name says what would be broken if the test failed.
 
-python -m pytest             the tests: no network, no dataset, about two and a half minutes on two cores
+python -m pytest             the tests: no network, no dataset, two and a half minutes on two cores
 python test_pfce.py          a benchmark of the loss (timings are not tests)
 """
 
