@@ -243,7 +243,7 @@ def read_dataset(root: Path, palette, clicks: dict[str, Tensor] | None = None):
                 raise ValueError(f"{image} has no mask of the same name in a masks folder")
             (held_out if image in last_two else training).append((image, mask))
         elif name in clicks:
-            training.append((image, mask))
+            training.append((image, None))  # its mask, if it has one, is not for training on
         elif mask:
             held_out.append((image, mask))
         else:
@@ -357,21 +357,24 @@ def read_classes(path: str) -> tuple[list[str], list[tuple[int, int, int]]]:
     names, palette = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
+            reader = csv.reader(file)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--classes {path} is not a CSV file in UTF-8 ({error})") from None
-    if not rows or [cell.strip() for cell in rows[0]] != ["class", "color"]:
+    if not rows or rows[0][1] != ["class", "color"]:
         raise ValueError(f"{path}, line 1: the first line must be class,color")
-    for line, row in enumerate(rows[1:], start=2):
-        name, color = [cell.strip() for cell in row] if len(row) == 2 else ("", "")
+    for line, row in rows[1:]:
+        name, color = row if len(row) == 2 else ("", "")
         digits = color.removeprefix("#")
         if not name or len(digits) != 6 or set(digits) - set("0123456789abcdefABCDEF"):
             raise ValueError(
                 f"{path}, line {line}: expected a class and a colour: Building,#3C1098"
             )
         rgb = tuple(bytes.fromhex(digits))
-        if name in names or rgb in (*palette, UNLABELED, NO_DATA):
+        if name in names or rgb in palette:
             raise ValueError(f"{path}, line {line}: this name or colour is taken")
+        if rgb in (UNLABELED, NO_DATA):
+            raise ValueError(f"{path}, line {line}: {color} marks pixels without a label in masks")
         names.append(name)
         palette.append(rgb)
     if not 2 <= len(names) < IGNORE_INDEX:
@@ -399,8 +402,8 @@ def shrink_mask(mask: Tensor, h: int, w: int) -> Tensor:
 def shrink_points(points: Tensor, h: int, w: int) -> Tensor:
     """Carry every click to the size (h, w): label map (H, W) → (h, w), as many labelled pixels.
 
-    A click moves to the pixel that covers it. Of two that meet there, the second takes the nearest
-    free pixel: resizing the label map at scale 0.5 would lose three of four, overwriting a few.
+    A click moves to the pixel that covers it. Of two that meet there, the second takes a free
+    pixel beside it: resizing the label map at scale 0.5 would lose three of four, overwriting a few.
     """
     H, W = points.shape
     small = torch.full((h, w), IGNORE_INDEX, dtype=points.dtype)

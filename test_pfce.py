@@ -937,7 +937,7 @@ def test_own_images_in_a_flat_folder_with_own_classes(tmp_path):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(
             folder / name
         )
-    (tmp_path / "classes.csv").write_text("class,color\nvine,#2e7d32\nsoil,#8d6e63\n")
+    (tmp_path / "classes.csv").write_text("class,color\nvine,#2e7d32\nsoil,#8d6e63\n\n")
     (tmp_path / "clicks.csv").write_text(
         "image,x,y,class\none.JPG,3,4,vine\none.JPG,59,49,1\ntwo.jpeg,7.9,8.2,soil\n"
     )
@@ -1002,13 +1002,29 @@ def test_the_same_click_twice_counts_once(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines", ["", "name,color", "class,color\na,#123456", "class,color\na,red\nb,#000001",
-              "class,color\na,#123456\na,#123457", "class,color\na,#123456\nb,#123456"],
-)  # fmt: skip
-def test_wrong_classes_are_refused(tiny, tmp_path, lines):
+    "lines, words",
+    [
+        ("", "line 1"),
+        ("name,color", "line 1"),
+        ("class,color\na,#123456", "got 1"),
+        ("class,color\na,red\nb,#000001", "line 2"),
+        ("class,color\na,#123456\n\na,#123457", "line 4"),  # the empty one counts
+        ("class,color\na,#123456\nb,#123456", "line 3"),
+        ("class,color\na,#000000\nb,#123456", "without a label"),
+    ],
+)
+def test_wrong_classes_are_refused(tiny, tmp_path, lines, words):
     path = tmp_path / "classes.csv"
     path.write_text(lines)
-    assert_refused(cli("--data", tiny, *QUICK, "--classes", path), "classes.csv")
+    assert_refused(cli("--data", tiny, *QUICK, "--classes", path), "classes.csv", words)
+
+
+def test_the_mask_of_a_clicked_image_is_never_looked_at(tiny):
+    name = "Tile 1/images/image_part_001.jpg"
+    (tiny / "Tile 1/masks/image_part_001.png").write_bytes(b"no picture")
+    training, held_out, _ = data.read_dataset(tiny, PALETTE, {name: None})
+    assert [(s.name, s.mask) for s in training] == [(name, None)]
+    assert len(held_out) == 7 and all(s.mask is not None for s in held_out)
 
 
 # ==== everything that goes wrong ====
@@ -1164,8 +1180,9 @@ def test_one_single_image_trains_with_nothing_to_score(tiny, tmp_path, capsys):
         (["--clicks", "nowhere.csv"], ["nowhere.csv"]),
         (["--clicks", "x.csv", "--points", "5"], ["--clicks", "--points"]),
         (["--classes", "nowhere.csv"], ["nowhere.csv"]),
-        (["--weights", "nowhere.pth"], ["nowhere.pth"]),
-        (["--resume", "nowhere"], ["nowhere"]),
+        (["--weights", "nowhere.pth"], ["--weights nowhere.pth"]),
+        (["--weights", "Imagenet"], ["--weights Imagenet", "imagenet or none"]),
+        (["--resume", "nowhere"], ["--resume nowhere", "no checkpoint.pt"]),
         (["--resume", "nowhere", "--epochs", "9"], ["--resume", "--epochs"]),
     ],
 )
@@ -1176,6 +1193,15 @@ def test_wrong_flags_are_refused(tiny, tmp_path, flags, words):
         else ["--data", tiny, "--weights", "none", "--out", tmp_path / "run", *flags]
     )
     assert_refused(cli(*given), *words, out=tmp_path / "run")
+
+
+def test_images_too_large_for_the_memory_end_in_one_line(tiny, tmp_path, monkeypatch):
+    def no_room(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "Crops", no_room)
+    message = cli("--data", tiny, *QUICK, "--out", tmp_path / "run")
+    assert_refused(message, "out of memory", out=tmp_path / "run")
 
 
 def test_wrong_weights_end_in_one_line(tiny, tmp_path):

@@ -37,8 +37,8 @@ from data import IGNORE_INDEX
 from pfce import partial_focal_cross_entropy
 from unet import UNet, read_checkpoint
 
-EPOCH_PIXELS = 256**2  # an epoch draws crops of so many pixels per image: 16 crops for S = 64,
-MIN_STEPS = 10  # and at least 10 batches, so that a handful of images is trained on, too
+EPOCH_PIXELS = 256**2  # per image, that an epoch draws as crops: 16 of them for S = 64
+MIN_STEPS = 10  # of an epoch, so that a handful of images is trained on, too
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         run = prepare(args)  # what a user can get wrong comes to light here
         begin(run)  # and only now is anything written
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(f"error: {str(error) or 'out of memory'}")
     except KeyboardInterrupt:
         sys.exit(interrupted(out))
     args, model, history = run.args, run.model, run.history
@@ -76,6 +76,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     """Everything a run needs, checked. Nothing is written yet but a dataset that was fetched."""
     checkpoint = None
     if args.resume:
+        if not (Path(args.resume) / "checkpoint.pt").exists():
+            raise ValueError(f"--resume {args.resume}: there is no checkpoint.pt in it")
         checkpoint = read_checkpoint(Path(args.resume) / "checkpoint.pt")
         if not isinstance(checkpoint, dict) or "config" not in checkpoint:
             raise ValueError(f"{args.resume}/checkpoint.pt is not a checkpoint of train.py")
@@ -89,7 +91,8 @@ def prepare(args: argparse.Namespace) -> SimpleNamespace:
     for flag in ("clicks", "classes", "weights") if not checkpoint else ():
         value = getattr(args, flag)
         if value not in (None, "imagenet", "none") and not Path(value).is_file():
-            raise ValueError(f"--{flag} {value}: there is no such file")
+            others = ", and it is not imagenet or none" if flag == "weights" else ""
+            raise ValueError(f"--{flag} {value}: there is no such file{others}")
     device = usable_device(args.device)
     args.device = str(device)
     # bfloat16 where it is fast: on most of CUDA, and on a CPU with AMX, in half the time.
@@ -208,7 +211,7 @@ def train_one_epoch(run: SimpleNamespace, epoch: int) -> float:
     args, device, model = run.args, run.device, run.model
     model.train()
     generator = data.generator_for(args.seed, "epoch", epoch)
-    # Every square metre of ground is as likely as any other: large images give more crops.
+    # An image gives crops in proportion to its area, each around one of its labelled pixels.
     areas = torch.tensor([c.labels.numel() for c in run.crops], dtype=torch.float)
     order = areas.multinomial(run.crops_per_epoch, replacement=True, generator=generator)
     total, count, started = 0.0, 0, time.time()
@@ -501,8 +504,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="DIR", help="dataset folder; filled from Kaggle if empty [data]")
     add("--demo", action="store_true", help="synthetic scenes, random encoder, no network")
     add("--points", metavar="N|all", type=points, default=100, help="clicks per image [100]")
-    add("--resample", action="store_true", help="fresh clicks every epoch, as the original drew")
-    add("--learn-unlabeled", action="store_true", help="Unlabeled as a class, as the original did")
+    add("--resample", action="store_true", help="fresh clicks every epoch")
+    add("--learn-unlabeled", action="store_true", help="Unlabeled as one class more")
     add("--clicks", metavar="FILE", help="CSV image,x,y,class: these clicks, not simulated ones")
     add("--classes", metavar="FILE", help="CSV class,color: your classes and their mask colours")
     add("--epochs", metavar="N", type=whole(1), default=5, help="[5]")

@@ -63,8 +63,9 @@ class UNet(nn.Module):
 
     def __init__(self, num_classes: int, weights: str | None = "imagenet"):
         super().__init__()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])  # of
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])  # ImageNet
+        # Buffers, so that nobody who calls the model can forget to normalise as for ImageNet:
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.encoder = resnet34()
         del self.encoder.avgpool, self.encoder.fc  # the classifier
         if weights is not None:
@@ -102,8 +103,9 @@ class UNet(nn.Module):
 
         The image is scaled by `self.scale` and predicted in windows of `self.tile` pixels that
         overlap by a quarter or more, blended with weights that fall to their edges; the logits are
-        brought back to the image's size. Windows are as large as the training crops: in larger ones
-        the deep layers, 2×2 pixels small, would see less zero padding than they were trained with.
+        brought back to the image's size. Windows are as large as the training crops (smaller where
+        the image is): in larger ones the deep layers, 2×2 pixels small, would see less zero padding
+        than they were trained with.
         """
         if image.mode[0] in "IF":  # Pillow would clip their values, not scale them
             raise ValueError(f"the image has {image.mode} pixels; convert it to 8 bits per channel")
