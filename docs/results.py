@@ -87,6 +87,7 @@ def tables(rows: list[dict]) -> None:
         print("|---" * (head.count(", ") + 1) + "|")
         for flags, runs in groups(of_command, "flags").items():
             column = {name: [float(row[name]) for row in runs] for name in SCORES}
+            minutes = statistics.median(column["minutes"])
             cells = [
                 f"`{flags}`" if flags else "none",
                 spread(column["miou"]),
@@ -94,7 +95,7 @@ def tables(rows: list[dict]) -> None:
                 " → ".join(
                     f"{statistics.mean(column[k]):.4f}" for k in ("loss_first", "loss_last")
                 ),
-                f"{statistics.median(column['minutes']):.0f}",
+                f"{minutes:.0f}" if minutes > 1 else f"{minutes:.1f}",
                 ", ".join(row["seed"] for row in runs),
                 ", ".join(sorted({row["torch"].partition("+")[0] for row in runs})),
             ]
@@ -163,7 +164,7 @@ if __name__ == "__main__":
     series: dict[str, dict[str, list[float]]] = {}
     for epochs, of_epochs in groups(rows, "epochs").items():
         of_points = groups(of_epochs, "points")
-        if not {"10", "100", "all"} <= set(of_points):
+        if not {"10", "30", "100", "300", "all"} <= set(of_points):
             continue  # no curve of it
         of_series = series[f"{epochs} epochs"] = {}
         for points, of_these in of_points.items():
