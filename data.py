@@ -402,8 +402,8 @@ def shrink_mask(mask: Tensor, h: int, w: int) -> Tensor:
 def shrink_points(points: Tensor, h: int, w: int) -> Tensor:
     """Carry every click to the size (h, w): label map (H, W) → (h, w), as many labelled pixels.
 
-    A click moves to the pixel that covers it. Of two that meet there, the second takes a free
-    pixel beside it: resizing the label map at scale 0.5 would lose three of four, overwriting a few.
+    A click moves to the pixel that covers it; of two that meet there, the second takes a free one
+    beside it. Resizing the label map at scale 0.5 would lose three of four, overwriting a few.
     """
     H, W = points.shape
     small = torch.full((h, w), IGNORE_INDEX, dtype=points.dtype)

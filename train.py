@@ -37,8 +37,8 @@ from data import IGNORE_INDEX
 from pfce import partial_focal_cross_entropy
 from unet import UNet, read_checkpoint
 
-EPOCH_PIXELS = 256**2  # per image, that an epoch draws as crops: 16 of them for S = 64
-MIN_STEPS = 10  # of an epoch, so that a handful of images is trained on, too
+EPOCH_PIXELS = 256**2  # pixels per image that an epoch draws, in crops: 16 of 64×64
+MIN_STEPS = 10  # steps that an epoch has at least, so that three images are trained on, too
 
 
 def main(args: argparse.Namespace) -> None:
