@@ -21,24 +21,27 @@ def partial_focal_cross_entropy(
 ) -> Tensor:
     """Focal cross-entropy of the labelled pixels; γ = 0, α = 1 gives `F.cross_entropy`.
 
-    logits (N, C, *spatial): scores of any float type; half precision computes in float32
+    logits (N, C, *spatial): scores of any float type, C >= 2; half precision computes in float32
     target (N, *spatial): class indices 0 … C−1 of any integer type, `ignore_index` = no label
     gamma ≥ 0: focusing exponent; 0 weighs all pixels alike, 2 mutes those that are right already
     alpha ≥ 0: a number, or C weights, one per class; it weighs the losses, not the count Σ m_i
     reduction: "mean" over labelled pixels, "sum", or "none" (shape of target, 0 where no label)
 
-    Returns exactly 0, with zero gradients, where nothing is labelled. Raises ValueError where an
-    argument does not fit. Synchronises a GPU twice.
-    """
+    Exactly 0, with zero gradients, where nothing is labelled. ValueError where an argument does not
+    fit. Synchronises a GPU twice. Over several batches or processes, whose means are over unequal
+    numbers of labels, `reduction="sum"` divided by the count of all labels is exact."""
     if not logits.is_floating_point() or logits.ndim < 2:
         got = f"{logits.dtype} {tuple(logits.shape)}"
         raise ValueError(f"logits must be floats of shape (N, C, *spatial), got {got}")
     N, C, *spatial = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    alpha = torch.as_tensor(alpha, dtype=dtype).to(logits.device, non_blocking=logits.is_cuda)
+    alpha = torch.as_tensor(torch.nan if alpha is None else alpha, dtype=dtype)  # nan is refused
+    alpha = alpha.to(logits.device, non_blocking=True)
     integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     shape, reductions = (N, *spatial), ("mean", "sum", "none")
+    two = "have C >= 2, the softmax of one is always 1 (or use binary_cross_entropy_with_logits)"
     for name, fits, wanted, got in (
+        ("logits", C > 1, two, tuple(logits.shape)),
         ("target", integer, "hold integer class indices", target.dtype),
         ("target", target.shape == shape, f"have shape {shape}", tuple(target.shape)),
         ("gamma", 0 <= gamma < float("inf"), "be a finite number >= 0", gamma),
@@ -48,68 +51,44 @@ def partial_focal_cross_entropy(
         if not fits:
             raise ValueError(f"{name} must {wanted}, got {got}")
 
-    # 1. The labelled pixels, m_i = 1, and their classes.
-    i = _labelled(target.reshape(-1), ignore_index)  # (P,)
-    y = target.reshape(-1)[i][None].long()  # (1, P)
-    wrong_y = y != y.clamp(0, C - 1)
-    wrong_alpha = alpha != alpha.clamp(0, torch.finfo(dtype).max)  # also where it is NaN
+    # 1. The P labelled pixels, m_i = 1, and their classes.
+    m = target != ignore_index  # (N, *spatial)
+    if not torch.iinfo(target.dtype).min <= ignore_index <= torch.iinfo(target.dtype).max:
+        m = torch.ones_like(m)  # it would wrap around to a class, and ignores nothing
+    where = m.nonzero(as_tuple=True)  # one index (P,) per dimension of target
+    y = target[where].long()  # (P,)
+    wrong_y, wrong_alpha = (y < 0) | (y >= C), ~((alpha >= 0) & alpha.isfinite())
     if wrong_y.any() | wrong_alpha.any():  # one question to the GPU, not two
         if wrong_alpha.any():
             raise ValueError(f"alpha must be finite and >= 0, got {alpha.tolist()}")
         got = f"got {y[wrong_y][0].item()} with {ignore_index=}"
         raise ValueError(f"target must lie in 0…{C - 1} or be ignore_index, {got}")
 
-    # 2. Their logits. Pixel s of the S in image n has index i = n·S + s in target, and its class c
-    #    has index (n·C + c)·S + s in logits.
-    S = torch.Size(spatial).numel()
-    n = i // S  # (P,)
-    if logits.is_cpu:  # fast, and the gradient comes out in the memory layout of the logits
-        c = torch.arange(C, device=i.device)[:, None]  # (C, 1)
-        z = logits.take(i + (n * (C - 1) + c) * S)  # (C, P)
-    else:  # MPS has no `take`, and CUDA no deterministic gradient of it
-        z = logits.reshape(N, C, S)[n, :, i % S].T  # (C, P)
-    z = z.to(dtype)
+    # 2. Their logits. Which way they are indexed decides in which layout the gradient comes out.
+    n, *s = where
+    last = logits.movedim(1, -1)  # (N, *spatial, C), without a gap where logits are channels_last
+    z = last[where] if last.is_contiguous() else logits[(n, slice(None), *s)]  # (P, C)
 
-    # 3. The formula, by s = log((1 − p) / p): −log p = softplus(s), −log(1 − p) = softplus(−s).
-    #    1 − p is never formed: it would cancel, and underflow to an infinite gradient for γ < 1.
-    others = z.scatter(0, y, torch.finfo(dtype).min)  # (C, P), the own class taken out
-    s = others.logsumexp(0, keepdim=True) - z.gather(0, y)  # (1, P)
-    minus_log_p, minus_log_1_minus_p = (F.softplus(x, threshold=40) for x in (s, -s))  # (1, P)
-    loss = alpha.expand(C)[y] * (-gamma * minus_log_1_minus_p).exp() * minus_log_p  # (1, P)
-
+    # 3. The formula. 1 − p is kept off 0, where its power has no finite gradient for γ < 1.
+    minus_log_p = F.cross_entropy(z.to(dtype), y, reduction="none")  # (P,)
+    one_minus_p = (-torch.expm1(-minus_log_p)).clamp(min=torch.finfo(dtype).tiny)  # (P,)
+    loss = alpha.expand(C)[y] * one_minus_p**gamma * minus_log_p  # (P,)
     if reduction == "none":
-        return loss.new_zeros(target.numel()).index_put((i,), loss[0]).view(target.shape)
-    return loss.sum() / max(len(i), 1) if reduction == "mean" else loss.sum()
-
-
-def _labelled(target: Tensor, ignore_index: int) -> Tensor:
-    """Indices (P,) of the labels in a flat target; a CPU compares 8 bytes of it at a time."""
-    info, k = torch.iinfo(target.dtype), 8 // target.element_size()
-    if not info.min <= ignore_index <= info.max:  # would wrap around to a class
-        return torch.arange(len(target), device=target.device)
-    aligned = target.is_contiguous() and not (len(target) % k or target.storage_offset() % k)
-    if not (target.is_cpu and aligned):
-        return (target != ignore_index).nonzero()[:, 0]
-    nothing = target.new_full((k,), ignore_index).view(torch.int64)
-    word = (target.view(torch.int64) != nothing).nonzero()  # (W, 1), those with a label in them
-    i = (word * k + torch.arange(k, device=word.device)).view(-1)  # (W·k,)
-    return i[target[i] != ignore_index]
+        return loss.new_zeros(target.shape).index_put(where, loss)
+    return loss.sum() / max(len(y), 1) if reduction == "mean" else loss.sum()
 
 
 class PartialFocalCrossEntropyLoss(nn.Module):
-    """`partial_focal_cross_entropy` as a module: no parameters, α per class moves with `.to()`."""
+    """`partial_focal_cross_entropy` as a module without parameters; α moves with `.to()`."""
 
     def __init__(self, gamma=2.0, alpha=0.25, ignore_index=255, reduction="mean"):
         super().__init__()
-        if not isinstance(alpha, (int, float)):
-            alpha = nn.Buffer(torch.as_tensor(alpha, dtype=torch.float32), persistent=False)
-        self.gamma, self.alpha = gamma, alpha
-        self.ignore_index, self.reduction = ignore_index, reduction
-        C = torch.as_tensor(alpha).numel()
-        self(torch.zeros(1, C), torch.zeros(1, dtype=torch.long))  # refuse a bad option here
+        self.gamma, self.ignore_index, self.reduction = gamma, ignore_index, reduction
+        alpha = torch.as_tensor(torch.nan if alpha is None else alpha, dtype=torch.float32)
+        self.register_buffer("alpha", alpha, persistent=False)
+        C = max(2, alpha.numel())
+        self(torch.zeros(1, C), torch.zeros(1, dtype=torch.long))  # refuses a bad option here
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        rest = {"ignore_index": self.ignore_index, "reduction": self.reduction}
-        return partial_focal_cross_entropy(
-            logits, target, gamma=self.gamma, alpha=self.alpha, **rest
-        )
+        options = {k: getattr(self, k) for k in ("gamma", "alpha", "ignore_index", "reduction")}
+        return partial_focal_cross_entropy(logits, target, **options)

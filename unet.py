@@ -1,35 +1,33 @@
 """A U-Net (Ronneberger et al. 2015) whose encoder is torchvision's ResNet-34 (He et al. 2016).
 
-image ─► (normalise)                                  up5 (16) ─► head ─► logits    H
-            │                                          ▲
-          conv1 (64) ──────────── x1 ───────────────► up4 (32)                      H/2
-            ▼                                          ▲
-          layer1 (64) ─────────── x2 ───────────────► up3 (64)                      H/4
-            ▼                                          ▲
-          layer2 (128) ────────── x3 ───────────────► up2 (128)                     H/8
-            ▼                                          ▲
-          layer3 (256) ────────── x4 ───────────────► up1 (256)                     H/16
-            ▼                                          ▲
-          layer4 (512) ────────── x5 ──────────────────┘                            H/32
+image ─► (normalise)                            up5 (16) ─► head ─► logits    H
+  conv1 (64) ──────────────── x1 ─────────────► up4 (32)                      H/2
+  layer1 (64) ─────────────── x2 ─────────────► up3 (64)                      H/4
+  layer2 (128) ────────────── x3 ─────────────► up2 (128)                     H/8
+  layer3 (256) ────────────── x4 ─────────────► up1 (256)                     H/16
+  layer4 (512) ────────────── x5 ────────────────┘                            H/32
 
-up = upsample to the size of the skip, concatenate the skip, twice (3×3 conv, BatchNorm, ReLU).
-Channels in parentheses; shapes below are (N, C, H, W). Odd sizes round up: H/2 is ⌈H/2⌉.
+Down on the left, up on the right. up = upsample to the size of the skip, concatenate the skip,
+twice (3×3 conv, BatchNorm, ReLU). Channels in parentheses; odd sizes round up: H/2 is ⌈H/2⌉.
+Letters: N batch, C classes, H, W size of the image, h, w size after scaling.
 
-model = UNet(num_classes=5)                          # ImageNet encoder, decoder from scratch
-logits = model(image)                                # image in [0, 1]; H, W >= 32
-model = UNet.load("runs/…/checkpoint.pt")            # after training with train.py
-class_map = model.predict(Image.open("photo.jpg"))   # (H, W) uint8, at the photo's own size
+    python unet.py runs/…/checkpoint.pt PHOTO… --out DIR     a class map per photo, as palette PNG
 """
 
-import itertools
+import argparse
+import sys
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.models import ResNet34_Weights, resnet34
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms.functional import pil_to_tensor
 
-IMAGENET_URL = ResNet34_Weights.IMAGENET1K_V1.url  # of torchvision, 83 MB
+IMAGENET = ResNet34_Weights.IMAGENET1K_V1  # 83 MB
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are welcome
 
 
 class Up(nn.Module):
@@ -37,39 +35,30 @@ class Up(nn.Module):
 
     def __init__(self, below: int, skip: int, out: int):
         super().__init__()
-        self.convs = nn.Sequential(
-            nn.Conv2d(below + skip, out, 3, padding=1, bias=False),  # BatchNorm has the bias
-            nn.BatchNorm2d(out),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out, out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out),
-            nn.ReLU(inplace=True),
-        )
+        self.conv1 = nn.Conv2d(below + skip, out, 3, padding=1, bias=False)  # BatchNorm has it
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor, size: torch.Size, skip: Tensor | None = None) -> Tensor:
-        x = F.interpolate(x, size=size)  # (N, below, h, w), nearest neighbour
+        x = F.interpolate(x, size=size)  # (N, below, *size), nearest neighbour
         if skip is not None:
-            x = torch.cat([x, skip], dim=1)  # (N, below + skip, h, w)
-        return self.convs(x)  # (N, out, h, w)
+            x = torch.cat([x, skip], dim=1)  # (N, below + skip, *size)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, out, *size)
+        return F.relu(self.bn2(self.conv2(x)), inplace=True)  # (N, out, *size)
 
 
 class UNet(nn.Module):
     """ResNet-34 U-Net: image (N, 3, H, W) in [0, 1] → logits (N, num_classes, H, W), H, W >= 32.
-
-    weights: "imagenet" (downloaded by torchvision), None (random), or the path of a ResNet-34
-    state dict; its classifier `fc` is not used. Raises OSError if a file or the network cannot be
-    reached, ValueError if the file does not hold a ResNet-34.
-    """
+    weights: "imagenet" (fetched by torchvision), None (random), or the path of a file that holds a
+    ResNet-34 anywhere in it. Raises ValueError where there is none to be had."""
 
     def __init__(self, num_classes: int, weights: str | None = "imagenet"):
         super().__init__()
         # Buffers, so that nobody who calls the model can forget to normalise as for ImageNet:
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-        self.encoder = resnet34()
-        del self.encoder.avgpool, self.encoder.fc  # the classifier
-        if weights is not None:
-            load_encoder(self.encoder, weights)
+        self.encoder = load_encoder(weights)
         self.up1 = Up(512, 256, 256)
         self.up2 = Up(256, 128, 128)
         self.up3 = Up(128, 64, 64)
@@ -80,7 +69,7 @@ class UNet(nn.Module):
         self.classes: list[str] = [str(c) for c in range(num_classes)]
         self.palette: list[list[int]] = []  # RGB of each class
         self.scale = 1.0  # the image is resized by this before it enters the network
-        self.tile = 64  # side of the windows that it is predicted in, after resizing
+        self.window = 64  # side of the windows that it is predicted in, after resizing
 
     def forward(self, image: Tensor) -> Tensor:
         e = self.encoder
@@ -95,119 +84,133 @@ class UNet(nn.Module):
         x = self.up3(x, x2.shape[2:], x2)  # (N, 64, H/4, W/4)
         x = self.up4(x, x1.shape[2:], x1)  # (N, 32, H/2, W/2)
         x = self.up5(x, x0.shape[2:])  # (N, 16, H, W)
-        return self.head(x)  # (N, num_classes, H, W)
+        return self.head(x)  # (N, C, H, W)
 
     @torch.inference_mode()
-    def predict(self, image) -> "numpy.ndarray":  # noqa: F821 (named, not imported)
-        """The class map of an 8-bit Pillow image of any size: (H, W) uint8, the image's own size.
-
-        The image is scaled by `self.scale` and predicted in windows of `self.tile` pixels that
-        overlap by a quarter or more, blended with weights that fall to their edges; the logits are
-        brought back to the image's size. Windows are as large as the training crops (smaller where
-        the image is): in larger ones the deep layers, 2×2 pixels small, would see less zero padding
-        than they were trained with.
-        """
-        if image.mode[0] in "IF":  # Pillow would clip their values, not scale them
-            raise ValueError(f"the image has {image.mode} pixels; convert it to 8 bits per channel")
-        was_training, device = self.training, self.mean.device
+    def logits(self, photo) -> Tensor:
+        """Logits (C, h, w) float32 of a photograph, at the scale of the network, on the CPU: blended
+        from overlapping windows as large as the training crops. (Larger ones would show the deepest
+        maps, then 2×2, less zero padding.)"""
+        pixels = shrink(upright(photo), self.scale)  # (3, h, w) uint8
+        _, h, w = pixels.shape
+        dy, dx = min(h, self.window), min(w, self.window)
+        hat_y, hat_x = (torch.bartlett_window(n + 2, periodic=False)[1:-1] for n in (dy, dx))
+        weight = hat_y[:, None] * hat_x  # (dy, dx)
+        logits, total = torch.zeros(self.head.out_channels, h, w), torch.zeros(h, w)
+        was_training = self.training
         self.eval()
-        W, H = image.size
-        h, w = (max(32, round(side * self.scale)) for side in (H, W))
-        pixels = pil_to_tensor(resize(image.convert("RGB"), [h, w]))  # (3, h, w) uint8
-        logits = torch.zeros(1, self.head.out_channels, h, w)
-        total = torch.zeros(h, w)  # the sum of the weights at each pixel
-        dy, dx = min(h, self.tile), min(w, self.tile)
-        weight = hat(dy)[:, None] * hat(dx)  # (dy, dx)
-        corners = list(itertools.product(starts(h, self.tile), starts(w, self.tile)))
-        n = max(1, 2**18 // (dy * dx))  # windows at a time
-        for some in (corners[i : i + n] for i in range(0, len(corners), n)):
-            places = [(..., slice(y, y + dy), slice(x, x + dx)) for y, x in some]
-            batch = torch.stack([pixels[place] for place in places]).to(device)  # (n, 3, dy, dx)
-            for place, z in zip(places, self(batch.float() / 255).cpu()):  # z (C, dy, dx)
-                logits[0][place] += z * weight
-                total[place] += weight
-        logits /= total
+        columns = [slice(x, x + dx) for x in starts(w, dx)]
+        for rows in (slice(y, y + dy) for y in starts(h, dy)):
+            batch = torch.stack([pixels[:, rows, c] for c in columns])  # (N, 3, dy, dx) uint8
+            for c, z in zip(columns, self(batch.to(self.mean.device).float() / 255).cpu()):
+                logits[:, rows, c] += z * weight  # z (C, dy, dx)
+                total[rows, c] += weight
         self.train(was_training)
-        class_map = torch.empty(H, W, dtype=torch.uint8)
-        for top in range(0, H, 512):  # in strips: 100 million pixels × C floats would be gigabytes
-            strip = upsample_rows(logits, top, H, W)
-            class_map[top : top + 512] = strip.max(1).indices[0]  # argmax is 12 times slower here
+        return logits.div_(total)
+
+    @torch.inference_mode()
+    def predict(self, photo) -> "numpy.ndarray":  # noqa: F821 (named, not imported)
+        """The class map (H, W) uint8 of a Pillow image or a path, of any size, at its own size."""
+        size, logits = upright(photo).size[::-1], self.logits(photo)  # (C, h, w)
+        best, class_map = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8)
+        for c, z in enumerate(logits):  # one class at a time: all would be gigabytes
+            z = F.interpolate(z[None, None], size=size, mode="bilinear")[0, 0]  # (H, W)
+            class_map[z > best] = c
+            torch.maximum(best, z, out=best)
         return class_map.numpy()
 
     @classmethod
     def load(cls, path) -> "UNet":
         """The trained model of a `checkpoint.pt` of train.py, on the CPU, ready to predict."""
         checkpoint = read_checkpoint(path)
-        try:
-            model = cls(len(checkpoint["classes"]), weights=None)
-            model.load_state_dict(checkpoint["model"])
-            for name in ("classes", "palette", "scale", "tile"):
-                setattr(model, name, checkpoint[name])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not a checkpoint of train.py ({reason})") from None
+        if "window" not in checkpoint:
+            raise ValueError(f"{path} is not a checkpoint of train.py")
+        model = cls(len(checkpoint["classes"]), weights=None)
+        model.load_state_dict(checkpoint["model"])
+        for name in ("classes", "palette", "scale", "window"):
+            setattr(model, name, checkpoint[name])
         return model.eval()
 
 
-def load_encoder(encoder: nn.Module, weights: str) -> None:
-    """Load the ImageNet weights or those in a file, all parameters but those of the classifier."""
-    if weights == "imagenet":
-        try:
-            state = torch.hub.load_state_dict_from_url(
-                IMAGENET_URL, check_hash=True, weights_only=True
-            )
-        except Exception as error:  # no network, no room, a broken file in the cache
-            folder = f"{torch.hub.get_dir()}/checkpoints"
-            raise OSError(
-                f"the ImageNet weights could not be loaded ({first_line(error)}): put "
-                f"{IMAGENET_URL.rsplit('/')[-1]} into {folder}, or start with --weights none"
-            ) from error
-    else:
-        state = read_checkpoint(weights)
+def starts(length: int, window: int) -> list[int]:
+    """Where windows begin that cover `length` and overlap by a quarter or more."""
+    steps = -(-(length - window) // (window * 3 // 4))  # rounded up
+    return torch.linspace(0, length - window, steps + 1).round().int().tolist()
+
+
+def upright(photo) -> Image.Image:
+    """A Pillow image or a path as a viewer shows it: RGB, turned by its EXIF orientation.
+    Raises ValueError for more than 8 bits a channel, which Pillow would clip or cut down."""
     try:
-        encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    except Exception as error:
+        image = photo if isinstance(photo, Image.Image) else Image.open(photo)
+    except (UnidentifiedImageError, AttributeError):
+        remedy = "of an array give Image.fromarray(…), of a TIFF's many bands three as 8-bit RGB"
+        raise ValueError(f"not an image that Pillow can read; {remedy}") from None
+    if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
+        raise ValueError("more than 8 bits a channel; save it as RGB with 8")
+    image = ImageOps.exif_transpose(image)  # (of a palette with transparency, Pillow would warn:)
+    return image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
+
+
+def shrink(image: Image.Image, scale: float) -> Tensor:
+    """RGB image (H, W) → (3, h, w) uint8, by training and `predict` alike; no side below 32."""
+    w, h = (max(32, round(side * scale)) for side in image.size)
+    return pil_to_tensor(image.resize((w, h), Image.Resampling.BILINEAR))
+
+
+def load_encoder(weights: str | None) -> nn.Module:
+    """torchvision's ResNet-34 without its classifier: random, of ImageNet, or out of a file."""
+    try:
+        encoder = resnet34(weights=IMAGENET if weights == "imagenet" else None)
+        del encoder.avgpool, encoder.fc
+        if weights not in (None, "imagenet"):
+            encoder.load_state_dict(find_resnet34(read_checkpoint(weights), encoder.state_dict()))
+        return encoder
+    except Exception as error:  # no file, no network, no room, other tensors
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{weights} does not hold a ResNet-34: {reason}") from error
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
+        remedy = f"that of ImageNet is fetched to {file}, --weights none needs none"
+        raise ValueError(f"no ResNet-34 in {weights} ({reason}); {remedy}") from error
 
 
-def read_checkpoint(path):
+def find_resnet34(tree: dict, names) -> dict:
+    """Its parameters in nested dictionaries, under whatever key and behind whatever prefix."""
+    last = "layer4.2.conv2.weight"
+    for prefix in (key.removesuffix(last) for key in map(str, tree) if key.endswith(last)):
+        return {name: tree[prefix + name] for name in names if prefix + name in tree}
+    inner = (find_resnet34(value, names) for value in tree.values() if isinstance(value, dict))
+    return next(filter(None, inner), {})
+
+
+def read_checkpoint(path) -> dict:
     """`torch.load` that cannot run code hidden in the file, and names the file where it fails."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}") from None
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load meets garbage with many kinds of exception
-        reason = first_line(error)
-        raise ValueError(
-            f"{path} is not a file of tensors that torch can read ({reason})"
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"torch cannot read {path} ({reason.splitlines()[0]})") from error
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def main() -> None:
+    parser = argparse.ArgumentParser(description="class maps of photographs, as palette PNG")
+    parser.add_argument("checkpoint", help="checkpoint.pt of a run")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO")
+    parser.add_argument("--out", type=Path, default="maps", metavar="DIR", help="[maps]")
+    args = parser.parse_args()
+    path = args.checkpoint
+    try:
+        model = UNet.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        args.out.mkdir(parents=True, exist_ok=True)
+        for path in args.photos:
+            class_map = Image.fromarray(model.predict(path))
+            class_map.putpalette([value for color in model.palette for value in color])
+            with open(args.out / f"{Path(path).stem}.png", "xb") as file:  # x: overwrite nothing
+                class_map.save(file, "PNG")
+            print(file.name)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        sys.exit(f"error: {path}: {error}")
 
 
-def starts(length: int, tile: int) -> list[int]:
-    """Where windows of `tile` begin that cover `length` and overlap by a quarter or more."""
-    if length <= tile:
-        return [0]
-    steps = -(-(length - tile) // (tile * 3 // 4))  # rounded up
-    return [round(i * (length - tile) / steps) for i in range(steps + 1)]
-
-
-def hat(n: int) -> Tensor:
-    """Blending weights (n,): 1 at both ends, rising linearly to the middle."""
-    i = torch.arange(n)
-    return torch.minimum(i + 1, n - i).float()
-
-
-def upsample_rows(logits: Tensor, top: int, H: int, W: int, rows: int = 512) -> Tensor:
-    """Rows `top` to `top + rows` of `F.interpolate(logits, (H, W), mode="bilinear")`."""
-    h = logits.shape[2]
-    y = (torch.arange(top, min(top + rows, H)) + 0.5) * h / H - 0.5  # where each row comes from
-    y = y.clamp(0, h - 1)
-    above = y.long()
-    below = (above + 1).clamp(max=h - 1)
-    strip = torch.lerp(logits[:, :, above], logits[:, :, below], (y - above)[:, None])
-    return F.interpolate(strip, size=(len(y), W), mode="bilinear")  # (1, C, rows, W)
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console that cannot show a name must not end it
+    main()
