@@ -142,9 +142,9 @@ def fetch(root: Path) -> None:
     except (Exception, SystemExit) as error:  # old kaggle clients exit where there is no token
         reason = " ".join(str(error).rpartition("Caused by ")[2].split())[:200]
         raise ValueError(
-            f"the download failed ({reason or type(error).__name__}). By hand: unzip the archive of "
-            f"kaggle.com/datasets/{KAGGLE_NAME} into {root}; with an account: KAGGLE_API_TOKEN or "
-            "~/.kaggle/access_token (or the legacy kaggle.json); without anything: --demo"
+            f"the download failed ({reason or type(error).__name__}). By hand: unzip the archive "
+            f"of kaggle.com/datasets/{KAGGLE_NAME} into {root}; with an account: KAGGLE_API_TOKEN "
+            "or ~/.kaggle/access_token (or the legacy kaggle.json); without anything: --demo"
         ) from error
 
 
@@ -207,7 +207,7 @@ def split(samples: list[Sample], pattern: str | None, clicked: bool):
 
 
 class Classes:
-    """What stands for the classes in masks: rows (name, RGB colour or number); no name: no label."""
+    """What stands for the classes in masks: rows (name, RGB or number); no name means no label."""
 
     def __init__(self, rows):
         self.rows, self.by_number = rows, isinstance(rows[0][1], int)

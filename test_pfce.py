@@ -861,6 +861,7 @@ def test_interrupted_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_p
 
     def start_and_wait(condition, *arguments):
         command = [sys.executable, HERE / "train.py", *map(str, arguments)]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while not condition():
             assert process.poll() is None, process.communicate()

@@ -80,13 +80,8 @@ def main(args: argparse.Namespace) -> None:
         parts[name].load_state_dict(checkpoint[name])
 
     # 4. The loop. The last epoch's weights are the result, whatever the curve did.
-    describe(root, samples, training, held_out, classes)
-    print(f"training  {args.epochs} epochs of {steps} steps on {device} in {precision}, to {out}")
-    config = vars(args) | {"device": str(device), "precision": precision}
-    config |= {"data": os.path.abspath(args.data or "data")}  # so that --resume finds it
-    config |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    config |= {"threads": torch.get_num_threads()}  # on a CPU, the last digits depend on it
-    save(out, config, parts, history, training, classes)
+    describe(args, root, samples, training, held_out, classes, steps, device, precision)
+    save(args, parts, history, training, classes, precision)
     for epoch in range(len(history) + 1, args.epochs + 1):
         started = time.time()
         for sample in training if args.resample and epoch > 1 else ():
@@ -96,16 +91,12 @@ def main(args: argparse.Namespace) -> None:
         scores = evaluate(model, held_out if scored else [], classes)
         seconds = round(time.time() - started, 1)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, **scores})
-        save(out, config, parts, history, training, classes)
+        save(args, parts, history, training, classes, precision)
         score = "" if scores["miou"] is None else f"  mIoU {scores['miou']:.3f}"
         print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}{score}  {seconds:.0f} s", flush=True)
 
     # 5. The scores, and a picture of them.
-    scores = {name: v for name, v in history[-1].items() if "iou" in name or "accuracy" in name}
-    for name, score in scores.items() if held_out else ():
-        print(f"  {name:<20} " + ("no such pixel" if score is None else f"{score:.3f}"))
-    draw_predictions(out, args, model, scores["miou"], training, held_out, classes)
-    print(f"stored in {out}: metrics.csv, checkpoint.pt, clicks.csv, predictions.png, config.json")
+    report(args, model, history[-1], training, held_out, classes)
 
 
 def train_one_epoch(parts: dict, training: list[Sample], args, epoch, crops, precision) -> float:
@@ -129,7 +120,7 @@ def train_one_epoch(parts: dict, training: list[Sample], args, epoch, crops, pre
             logits, target, gamma=args.gamma, alpha=args.alpha, reduction="none"
         )  # (N, S, S), 0 where no label
         # Every crop counts alike: the mean over its labels, then over the crops. Small images have
-        # as many simulated clicks as large ones, and their crops up to 13 times as many; a mean over
+        # as many simulated clicks as large ones, their crops up to 13 times as many; a mean over
         # the clicks of the batch would weigh them 13 times, where the score counts pixels.
         loss = (loss.sum((1, 2)) / (target != IGNORE_INDEX).sum((1, 2))).mean()  # (N,) → ()
         optimizer.zero_grad()
@@ -183,13 +174,17 @@ def label(sample: Sample, classes: data.Classes, args: argparse.Namespace, epoch
         sample.clicks += data.list_points(points)
 
 
-def save(out: Path, config: dict, parts: dict, history, training: list[Sample], classes) -> None:
+def save(args, parts: dict, history, training: list[Sample], classes, precision: str) -> None:
     """Write what a run leaves but its picture; checkpoint.pt is whole at any moment, old or new."""
-    done = len(history) == config["epochs"]  # needs no optimizer any more: a third of the bytes
+    out, device = Path(args.out), str(parts["model"].mean.device)
+    config = vars(args) | {"device": device, "precision": precision}
+    config |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    config |= {"threads": torch.get_num_threads(), "data": os.path.abspath(args.data or "data")}
+    done = len(history) == args.epochs  # needs no optimizer any more: a third of the bytes
     checkpoint = {k: v.state_dict() for k, v in parts.items() if k == "model" or not done}
     checkpoint |= {"history": history, "training": [s.name for s in training]}
     checkpoint |= {"rows": classes.rows, "classes": classes.names, "palette": classes.palette}
-    checkpoint |= {"scale": config["scale"], "window": config["size"]}
+    checkpoint |= {"scale": args.scale, "window": args.size}
     columns = ["epoch", "loss", "miou", "pixel_accuracy", "seconds"]
     columns += [f"iou_{name}" for name in classes.names]
     metrics = [columns] + [[row[c] and round(row[c], 6) for c in columns] for row in history]
@@ -205,24 +200,26 @@ def save(out: Path, config: dict, parts: dict, history, training: list[Sample], 
                 csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def describe(root, samples, training, held_out, classes) -> None:
+def describe(args, root, samples, training, held_out, classes, steps, device, precision) -> None:
     labels = torch.cat([s.pixels[3].flatten()[s.labelled] for s in training])  # (L,) uint8
     counts = dict(zip(classes.names, labels.bincount(minlength=len(classes.names)).tolist()))
     share = len(labels) / sum(sample.pixels[0].numel() for sample in training)
-    rest = len(samples) - len(training) - len(held_out)
-    print(f"data      {root}")
-    print(f"images    {len(training)} to train on, {len(held_out)} to score, {rest} unclicked")
+    n = len(samples) - len(training) - len(held_out)
+    print(f"data      {root}: {len(training)} to train on, {len(held_out)} to score, {n} unclicked")
     clicks = f" (of {n:,} clicks)" if (n := sum(len(s.clicks) for s in training)) else ""
     print(f"labels    {len(labels):,}{clicks}, {share:.3%} of the pixels that the network sees")
     print("          " + ", ".join(f"{name} {n / len(labels):.1%}" for name, n in counts.items()))
+    print(f"training  {args.epochs} epochs of {steps} steps on {device} in {precision}")
     for name in (name for name, n in counts.items() if n == 0):
         print(f"note      {name} has no label: it cannot be learnt")
     for color, n in sum(classes.strays.values(), Counter()).most_common(5):
         print(f"note      {n:,} pixels of the masks are {color}, no class: they have no label")
 
 
-def draw_predictions(out, args, model, score, training, held_out, classes) -> None:
-    """predictions.png: a legend, then rows of image | clicks | prediction | ground truth."""
+def report(args, model, last: dict, training, held_out, classes) -> None:
+    """Print the scores; draw a legend, then rows of image | clicks | prediction | ground truth."""
+    for name in [*last][3:] if held_out else ():  # after epoch, loss, seconds
+        print(f"  {name:<20} " + ("no such pixel" if last[name] is None else f"{last[name]:.3f}"))
     dense, samples, grey = args.points == "all", held_out or training, [225, 225, 225]
     samples = samples[:: math.ceil(len(samples) / 5)]  # five at most, from all folders
     palette = [v for color in (classes.palette + [grey] * 256)[:256] for v in color]
@@ -236,7 +233,9 @@ def draw_predictions(out, args, model, score, training, held_out, classes) -> No
     canvas = Image.new("RGB", (n * W, top + len(samples) * H), "white")
     pen = ImageDraw.Draw(canvas)
     head = "held-out images, never trained on" if held_out else "training images"
-    pen.text((6, 6), head + ("" if score is None else f": mIoU {score:.2f}"), "black", font)
+    pen.text(
+        (6, 6), head + ("" if last["miou"] is None else f": mIoU {last['miou']:.2f}"), "black", font
+    )
     for i, (name, color) in enumerate(legend):
         x, y = 6 + i % n * W, 36 + i // n * 28
         pen.rectangle((x, y, x + 20, y + 20), tuple(color), "black")
@@ -267,8 +266,9 @@ def draw_predictions(out, args, model, score, training, held_out, classes) -> No
             x, y = column * W + 6, top + row * H
             canvas.paste(ImageOps.pad(panel, (360, 300), color="white"), (x, y))
             pen.text((x, y + 304), title, "black", font)
-    with naming(out / "predictions.png"):
-        canvas.save(out / "predictions.png")
+    with naming(f"--out {args.out}"):
+        canvas.save(Path(args.out) / "predictions.png")
+    print(f"in {args.out}: metrics.csv, checkpoint.pt, clicks.csv, predictions.png, config.json")
 
 
 def usable_device(name: str) -> tuple[torch.device, str]:

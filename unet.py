@@ -88,9 +88,9 @@ class UNet(nn.Module):
 
     @torch.inference_mode()
     def logits(self, photo) -> Tensor:
-        """Logits (C, h, w) float32 of a photograph, at the scale of the network, on the CPU: blended
-        from overlapping windows as large as the training crops. (Larger ones would show the deepest
-        maps, then 2×2, less zero padding.)"""
+        """Logits (C, h, w) float32 of a photograph, at the scale of the network, on the CPU:
+        blended from overlapping windows as large as the training crops. (Larger ones would show the
+        deepest maps, then 2×2, less zero padding.)"""
         pixels = shrink(upright(photo), self.scale)  # (3, h, w) uint8
         _, h, w = pixels.shape
         dy, dx = min(h, self.window), min(w, self.window)
