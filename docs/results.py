@@ -7,6 +7,7 @@ python -m docs.results         reads docs/results.csv, prints the table, draws d
 import csv
 import json
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ def collect(folder: Path) -> dict | None:
     for name in (name for name in default if name not in UNTOLD and name in config):
         value = config[name]
         if value != default[name] and not (config["demo"] and name == "weights"):
-            text = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            text = f"--{name.replace('_', '-')}"
+            text += "" if value is True else " " + shlex.quote(str(value))
             flags.append(text.removesuffix(".0"))
     seconds = statistics.median(float(row["seconds"]) for row in epochs)
     return {
@@ -72,7 +74,7 @@ def print_table(rows: list[dict]) -> None:
 
 def plot(series: dict[str, dict[int, list[float]]], path: Path) -> None:
     """mIoU against epochs: a line per series through the means, a ring per seed."""
-    width, height, left, right, top, bottom = 1600, 900, 150, 60, 120, 150
+    width, height, left, right, top, bottom = 1600, 900, 150, 210, 120, 150
     canvas = Image.new("RGB", (width, height), "white")
     pen, font, large = ImageDraw.Draw(canvas), *map(ImageFont.load_default, (36, 44))
     epochs = sorted({n for scores in series.values() for n in scores})
@@ -100,8 +102,7 @@ def plot(series: dict[str, dict[int, list[float]]], path: Path) -> None:
         for n, group in scores.items():
             for value in group:  # its seeds
                 pen.circle((x(n), y(value)), 8, "white", color, 4)
-        last = means[-1][0], y(max(scores[max(scores)])) - 22
-        pen.text(last, name, color, font, anchor="ms")
+        pen.text((means[-1][0] + 30, means[-1][1]), name, color, font, anchor="lm")
     canvas.save(path, optimize=True)
 
 
