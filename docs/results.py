@@ -72,38 +72,46 @@ def print_table(rows: list[dict]) -> None:
         print(f"| `{command}` | {' | '.join(scores)} | {minutes:.0f} | {seeds} |")
 
 
-def plot(series: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """mIoU against epochs: a line per series through the means, a ring per seed."""
-    width, height, left, right, top, bottom = 1600, 900, 150, 210, 120, 150
-    canvas = Image.new("RGB", (width, height), "white")
-    pen, font, large = ImageDraw.Draw(canvas), *map(ImageFont.load_default, (36, 44))
-    epochs = sorted({n for scores in series.values() for n in scores})
-    values = [v for scores in series.values() for group in scores.values() for v in group]
+def plot(panels: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
+    """mIoU over what each panel is named after: a line per series, a ring per seed."""
+    width, height, left, right, top, bottom = 1100, 900, 130, 40, 120, 150  # of a panel
+    canvas = Image.new("RGB", (width * len(panels), height), "white")
+    pen, font, large = ImageDraw.Draw(canvas), *map(ImageFont.load_default, (36, 40))
+    lines = [scores for series in panels.values() for scores in series.values()]
+    values = [value for scores in lines for group in scores.values() for value in group]
     low, high = int(min(values) * 20) / 20, int(max(values) * 20 + 1) / 20
-
-    def x(n: int) -> float:  # at equal distances: every point has twice the epochs of the last
-        return left + (width - left - right) * (epochs.index(n) + 0.5) / len(epochs)
 
     def y(miou: float) -> float:
         return height - bottom - (height - top - bottom) * (miou - low) / (high - low)
 
-    pen.text((left, 28), "held-out mIoU, trained from a random encoder", "black", large)
-    for i in range(round((high - low) / 0.05) + 1):
-        pen.line((left, y(low + i / 20), width - right, y(low + i / 20)), "#DDDDDD", 3)
-        pen.text((left - 20, y(low + i / 20)), f"{low + i / 20:.2f}", "black", font, anchor="rm")
-    for n in epochs:
-        pen.text((x(n), height - bottom + 20), str(n), "black", font, anchor="mt")
-    pen.text(((left + width) / 2, height - 50), "epochs", "black", large, anchor="mm")
-    for (name, scores), color in zip(series.items(), ("#EF6C00", "#1565C0")):
-        means = [(x(n), y(statistics.mean(scores[n]))) for n in epochs if n in scores]
-        pen.line([xy for mean in means for xy in mean], color, 8)
-        for mean in means:
-            pen.circle(mean, 14, color)
-        for n, group in scores.items():
-            for value in group:  # its seeds
-                pen.circle((x(n), y(value)), 8, "white", color, 4)
-        pen.text((means[-1][0] + 30, means[-1][1]), name, color, font, anchor="lm")
+    for column, (title, series) in enumerate(panels.items()):
+        x0, x1 = column * width + left, (column + 1) * width - right
+        ticks = sorted({n for scores in series.values() for n in scores}, key=order)
+        step = (x1 - x0) / len(ticks)  # at equal distances, as on a logarithmic scale
+        x = {n: x0 + step * (i + 0.5) for i, n in enumerate(ticks)}
+        pen.text((x0, 28), "held-out mIoU, random encoder", "black", large)
+        pen.text(((x0 + x1) / 2, height - 45), title, "black", large, anchor="mm")
+        for i in range(round((high - low) / 0.05) + 1):
+            pen.line((x0, y(low + i / 20), x1, y(low + i / 20)), "#DDDDDD", 3)
+            pen.text((x0 - 20, y(low + i / 20)), f"{low + i / 20:.2f}", "black", font, anchor="rm")
+        for n in ticks:
+            pen.text((x[n], height - bottom + 20), n, "black", font, anchor="mt")
+        for (name, scores), color in zip(series.items(), ("#EF6C00", "#1565C0")):
+            means = [(x[n], y(statistics.mean(scores[n]))) for n in ticks if n in scores]
+            pen.line([xy for mean in means for xy in mean], color, 8)
+            for mean in means:
+                pen.circle(mean, 14, color)
+            for n, group in scores.items():
+                for value in group:  # its seeds
+                    pen.circle((x[n], y(value)), 8, "white", color, 4)
+            pen.text((x1, means[-1][1] + 60), name, color, font, anchor="rm")
     canvas.save(path, optimize=True)
+
+
+def order(key) -> list:
+    """To sort by: numbers by their size, not by their digits, and before words."""
+    parts = re.split(r"(\d+)", str(key))
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
 
 
 if __name__ == "__main__":
@@ -113,19 +121,22 @@ if __name__ == "__main__":
     for folder in sys.argv[1:]:
         if row := collect(Path(folder)):
             known[row["command"], str(row["seed"])] = row  # the same run again replaces its row
-    numbers = lambda key: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(key))]
-    order = sorted(known, key=numbers)
     with open(DOCS / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, reader.fieldnames, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(known[key] for key in order)
+        writer.writerows(known[key] for key in sorted(known, key=order))
     with open(DOCS / "results.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     print_table(rows)
-    series: dict[str, dict[int, list[float]]] = {"100 clicks": {}, "dense masks": {}}
+    over_epochs: dict[str, dict[str, list[float]]] = {"100 clicks": {}, "dense masks": {}}
+    over_clicks: dict[str, dict[str, list[float]]] = {"20 epochs": {}}
     for row in rows:
         plain = re.sub(r" --(epochs|points) \w+", "", row["command"])
-        name = {"100": "100 clicks", "all": "dense masks"}.get(row["points"])
-        if name and plain == "python train.py --data DIR --weights none":
-            series[name].setdefault(int(row["epochs"]), []).append(float(row["miou"]))
-    plot(series, DOCS / "curve.png")
+        if plain == "python train.py --data DIR --weights none":
+            name = {"100": "100 clicks", "all": "dense masks"}.get(row["points"])
+            if name:
+                over_epochs[name].setdefault(row["epochs"], []).append(float(row["miou"]))
+            if row["epochs"] == "20":
+                scores = over_clicks["20 epochs"]
+                scores.setdefault(row["points"], []).append(float(row["miou"]))
+    plot({"epochs": over_epochs, "clicks per image": over_clicks}, DOCS / "curve.png")
