@@ -73,7 +73,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def plot(panels: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
-    """mIoU over what each panel is named after: a line per series, a ring per seed."""
+    """panels[axis][series][tick] = mIoU of each seed. A line through the means, a ring per seed."""
     width, height, left, right, top, bottom = 1100, 900, 130, 40, 120, 150  # of a panel
     canvas = Image.new("RGB", (width * len(panels), height), "white")
     pen, font, large = ImageDraw.Draw(canvas), *map(ImageFont.load_default, (36, 40))
