@@ -297,8 +297,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classes", metavar="FILE", help="CSV class,color: what your masks hold [Dubai's five]")
     add("--clicks", metavar="FILE", help="CSV image,x,y,class: these clicks, not simulated ones")
     add("--demo", action="store_true", help="--data docs/demo --weights none: synthetic scenes")
-    add("--points", metavar="N|all", type=lambda n: n if n == "all" else int(n), default=100,
-        help="clicks per image [100]")  # fmt: skip
+    parser.register("type", "N|all", lambda n: n if n == "all" else int(n))
+    add("--points", metavar="N|all", type="N|all", default=100, help="clicks per image [100]")
     add("--resample", action="store_true", help="fresh clicks every epoch")
     add("--epochs", metavar="N", type=int, default=5, help="[5]")
     add("--batch-size", metavar="N", type=int, default=32, help="crops per step [32]")
