@@ -88,10 +88,10 @@ class Sample:  # one image and all that belongs to it
 @contextlib.contextmanager
 def naming(what):
     """Turn what a user can cause into one line that begins with what is at fault."""
-    bomb = Image.DecompressionBombError
+    others = Image.DecompressionBombError, csv.Error
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SyntaxError, MemoryError, bomb) as error:
+    except (OSError, ValueError, RuntimeError, SyntaxError, MemoryError, *others) as error:
         reason = getattr(error, "strerror", None) or str(error) or "out of memory"
         raise ValueError(f"{what}: {' '.join(reason.split())}") from error
 
@@ -160,7 +160,8 @@ def find_samples(root: Path, masks: str | None = None) -> list[Sample]:
         return (*("images" if f.lower() in ("images", "masks") else f for f in folders), name)
 
     mask_of: dict[tuple, Path] = {}
-    for mask in list_images(below):
+    folders = [below] if whole == root else [root, *whole.glob("[mM][aA][sS][kK][sS]")]
+    for mask in (path for folder in folders for path in list_images(folder)):
         if masks or "masks" in map(str.lower, mask.relative_to(below).parts[:-1]):
             twin = mask_of.setdefault(key(mask, below), mask)
             refuse(twin != mask, f"{twin} and {mask} are masks of the same image; remove one")
@@ -275,7 +276,7 @@ def read_table(path: str, *headers: set[str]) -> list[tuple[int, dict[str, str]]
     header = [name.strip(' "').lower() for name in head.split(delimiter)]
     wanted = " or ".join(",".join(sorted(names)) for names in headers)
     refuse(not any(names <= set(header) for names in headers), f"line 1: must have {wanted}")
-    rows = enumerate(csv.reader(lines, delimiter=delimiter), start=2)
+    rows = enumerate(csv.reader(lines, delimiter=delimiter, strict=True), start=2)
     rows = [(line, [cell.strip() for cell in row]) for line, row in rows if "".join(row).strip()]
     return [(line, dict(zip(header, row + [""] * len(header)))) for line, row in rows]
 
@@ -304,8 +305,8 @@ def read_clicks(path: str, samples: list[Sample], names: list[str]) -> None:
     from its top-left corner (0, 0); class: a name or an index."""
     by_name = defaultdict(list)
     for sample in samples:
-        for name in {sample.name, sample.image.name}:
-            by_name[unicodedata.normalize("NFC", name)].append(sample)
+        by_name[unicodedata.normalize("NFC", sample.image.name)].append(sample)
+    by_name |= {unicodedata.normalize("NFC", s.name): [s] for s in samples}  # a path wins
     number = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     with naming(f"--clicks {path}"):
         for line, row in read_table(path, {"image", "x", "y", "class"}):

@@ -133,7 +133,7 @@ def train_one_epoch(parts: dict, training: list[Sample], args, epoch, crops, pre
         if sys.stdout.isatty():  # one line, written over and over
             left = (args.epochs - epoch + 1) * len(batches) - step  # steps
             left *= (time.time() - started) / step / 60  # minutes
-            print(f"{where} {left:.1f} min left", end="   \r")
+            print(f"{where} {left:.1f} min left", end="   \r" + "\x1b[K" * (step == len(batches)))
     return total / crops
 
 
@@ -233,9 +233,8 @@ def report(args, model, last: dict, training, held_out, classes) -> None:
     canvas = Image.new("RGB", (n * W, top + len(samples) * H), "white")
     pen = ImageDraw.Draw(canvas)
     head = "held-out images, never trained on" if held_out else "training images"
-    pen.text(
-        (6, 6), head + ("" if last["miou"] is None else f": mIoU {last['miou']:.2f}"), "black", font
-    )
+    head += "" if last["miou"] is None else f": mIoU {last['miou']:.2f}"
+    pen.text((6, 6), head, "black", font)
     for i, (name, color) in enumerate(legend):
         x, y = 6 + i % n * W, 36 + i // n * 28
         pen.rectangle((x, y, x + 20, y + 20), tuple(color), "black")
@@ -320,13 +319,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in typed.items():
         if not isinstance(value, str) and not (low := lowest.get(name, 1)) <= value < 2**31:
             parser.error(f"--{name.replace('_', '-')} {value}: must be {low} or more, below 2**31")
-    # What each of these brings with it, and what must therefore not stand beside it:
-    brings = {"demo": {"data"}, "clicks": {"points", "resample"}}
-    brings["resume"] = defaults.keys() - {"resume", "data", "masks", "device"}
-    brings["points"] = {"resample"} if typed.get("points") == "all" else set()
-    for one in typed.keys() & brings.keys():
-        if both := sorted(name.replace("_", "-") for name in typed.keys() & brings[one]):
-            more = "; its learning rate has run out: go on with --weights DIR/checkpoint.pt"
+    # What each of these sets by itself, and therefore forbids beside it:
+    forbids = {"demo": {"data"}, "clicks": {"points", "resample"}}
+    forbids["resume"] = defaults.keys() - {"resume", "data", "masks", "device"}
+    forbids["points"] = {"resample"} if typed.get("points") == "all" else set()
+    for one in typed.keys() & forbids.keys():
+        if both := sorted(name.replace("_", "-") for name in typed.keys() & forbids[one]):
+            more = "; its learning rate has run out: start anew, --weights DIR/checkpoint.pt"
             parser.error(f"--{one} forbids --{', --'.join(both)}{more * (one == 'resume')}")
     if "demo" in typed:
         typed = {"data": str(Path(__file__).parent / "docs/demo"), "weights": "none"} | typed

@@ -67,6 +67,7 @@ def benchmark_loss(device: str, blocks: int = 12, calls: int = 10) -> None:
 def benchmark_predict(checkpoint: str) -> None:
     """Time and peak memory of whole predictions of mosaics of the demo scenes."""
     model = UNet.load(checkpoint)
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
     tile = Image.open("docs/demo/Tile 3/images/image_part_001.jpg")
     for side in (6000, 10_000):
         image = Image.new("RGB", (side, side))
@@ -75,7 +76,7 @@ def benchmark_predict(checkpoint: str) -> None:
             image.paste(tile, (column * tile.width, row * tile.height))
         started = time.time()
         model.predict(image)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{side}×{side}: {time.time() - started:.0f} s, peak memory {peak:.2f} GiB in all")
 
 
