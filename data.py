@@ -67,8 +67,7 @@ class Sample:  # one image and all that belongs to it
 
     def draw(self, mask: Tensor, n: int | str, seed: int, epoch: int = 1) -> Tensor:
         """Simulated clicks on its mask, or "all": a label map (H, W), the same whenever drawn."""
-        generator = generator_for(seed, self.name, epoch)
-        return mask if n == "all" else sample_points(mask, n, generator)
+        return mask if n == "all" else sample_points(mask, n, generator_for(seed, self.name, epoch))
 
     def crop(self, S: int, generator: torch.Generator) -> Tensor:
         """A square around one of the labels, turned and mirrored at random: (4, S, S) uint8."""
@@ -107,7 +106,7 @@ def find_dataset(folder: str | None) -> Path:
     if folder is None and not list_images(root):
         fetch(root)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
-    refuse(not list_images(root), f"there is no image in --data {root}")
+    refuse(not list_images(root), f"no {', '.join(sorted(IMAGE_TYPES))} file is in --data {root}")
     return root
 
 
@@ -115,10 +114,10 @@ def list_images(root: Path) -> list[Path]:
     """Every image file below `root`, links followed, sorted; nothing hidden (., or a NAS's @)."""
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        again = os.path.realpath(folder) in seen  # by a link
+        skip = os.path.realpath(folder) in seen or "checkpoint.pt" in files  # by a link; a run
         seen.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if name[0] not in ".@" and not again]
-        paths = [Path(folder, name) for name in files if name[0] != "." and not again]
+        folders[:] = [name for name in folders if name[0] not in ".@" and not skip]
+        paths = [Path(folder, name) for name in files if name[0] != "." and not skip]
         found += [path for path in paths if path.suffix.lower() in IMAGE_TYPES]
     return sorted(found)
 
@@ -159,7 +158,7 @@ def find_samples(root: Path, masks: str | None = None) -> list[Sample]:
         *folders, name = path.relative_to(folder).with_suffix("").parts
         return (*("images" if f.lower() in ("images", "masks") else f for f in folders), name)
 
-    mask_of: dict[tuple, Path] = {}
+    mask_of, image_of, samples = {}, {}, []
     folders = [below] if whole == root else [root, *whole.glob("[mM][aA][sS][kK][sS]")]
     for mask in (path for folder in folders for path in list_images(folder)):
         if masks or "masks" in map(str.lower, mask.relative_to(below).parts[:-1]):
@@ -167,7 +166,6 @@ def find_samples(root: Path, masks: str | None = None) -> list[Sample]:
             refuse(twin != mask, f"{twin} and {mask} are masks of the same image; remove one")
     known = {mask.absolute() for mask in mask_of.values()}
     images = [path for path in list_images(root) if path.absolute() not in known]
-    samples, image_of = [], {}
     for image in images:
         *folders, name = key(image, whole)
         mask = mask_of.get((*folders, name)) or mask_of.get((*folders, "images", name))
@@ -189,8 +187,7 @@ def nearest(name: str, names) -> str:
 
 def split(samples: list[Sample], pattern: str | None, clicked: bool):
     """(training, held-out) samples. Held out are the images that match `pattern`; without one,
-    where there are clicks, those that have a mask and no click, else the last two of every folder.
-    """
+    where there are clicks, those with a mask and no click, else the last two of every folder."""
     folders = defaultdict(list)
     for sample in samples:
         folders[sample.image.parent].append(sample)
@@ -254,7 +251,7 @@ def read_classes(path: str | None) -> Classes:
         return Classes([*zip(CLASSES, PALETTE), *(("", color) for color in NO_LABEL)])
     rows = []
     with naming(f"--classes {path}"):
-        for line, row in read_table(path, {"class", "color"}, {"name", "r", "g", "b"}):
+        for line, row in read_table(path, "class,color", "name,r,g,b"):
             with naming(f"line {line}"):
                 name = row.get("class", row.get("name"))
                 color = row.get("color") or "rgb({r},{g},{b})".format_map(defaultdict(str, row))
@@ -267,15 +264,15 @@ def read_classes(path: str | None) -> Classes:
     return Classes(rows)
 
 
-def read_table(path: str, *headers: set[str]) -> list[tuple[int, dict[str, str]]]:
+def read_table(path: str, *headers: str) -> list[tuple[int, dict[str, str]]]:
     """The rows of a CSV file that are not empty: (number of the line, value of each column).
     Comma, semicolon or tab, capitals or not; at least the columns of one of the headers."""
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets add a BOM
         head, *lines = unicodedata.normalize("NFC", file.read()).splitlines() or [""]
     delimiter = max(",;\t", key=head.count)
     header = [name.strip(' "').lower() for name in head.split(delimiter)]
-    wanted = " or ".join(",".join(sorted(names)) for names in headers)
-    refuse(not any(names <= set(header) for names in headers), f"line 1: must have {wanted}")
+    enough = any(set(names.split(",")) <= set(header) for names in headers)
+    refuse(not enough, f"line 1: must have {' or '.join(headers)}")
     rows = enumerate(csv.reader(lines, delimiter=delimiter, strict=True), start=2)
     rows = [(line, [cell.strip() for cell in row]) for line, row in rows if "".join(row).strip()]
     return [(line, dict(zip(header, row + [""] * len(header)))) for line, row in rows]
@@ -299,24 +296,25 @@ def generator_for(*what) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def read_clicks(path: str, samples: list[Sample], names: list[str]) -> None:
+def read_clicks(path: str, samples: list[Sample], classes: Classes) -> None:
     """Someone's own clicks: the rows of CSV `image,x,y,class` go to the `rows` of their sample.
     image: path below --data, or a bare name that one image has; x, y: pixels of the upright image
-    from its top-left corner (0, 0); class: a name or an index."""
-    by_name = defaultdict(list)
+    from its top-left corner (0, 0); class: a name, its number in --classes, else its index."""
+    by_name, nfc = defaultdict(list), partial(unicodedata.normalize, "NFC")
     for sample in samples:
-        by_name[unicodedata.normalize("NFC", sample.image.name)].append(sample)
-    by_name |= {unicodedata.normalize("NFC", s.name): [s] for s in samples}  # a path wins
-    number = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+        by_name[nfc(sample.image.name)].append(sample)
+    by_name |= {nfc(path): [s] for s in samples for path in (s.name, s.image.as_posix())}
+    numbers = [n for c, n in classes.rows if c] if classes.by_number else range(len(classes.names))
+    number = {str(key): i for keys in (numbers, classes.names) for i, key in enumerate(keys)}
     with naming(f"--clicks {path}"):
-        for line, row in read_table(path, {"image", "x", "y", "class"}):
+        for line, row in read_table(path, "image,x,y,class"):
             with naming(f"line {line}"):
                 name, label = Path(row["image"].replace("\\", "/")).as_posix(), row["class"]
                 found = by_name.get(name, [])
                 if len(found) != 1:
-                    which = "several images are called" if found else "there is no image"
-                    raise ValueError(f"{which} {name}{nearest(name, by_name)}")
-                refuse(label not in number, f"class {label!r} is none of {', '.join(names)}")
+                    near = nearest(name, [sample.name for sample in found] or by_name)
+                    raise ValueError(f"{len(found) or 'no'} images are called {name}{near}")
+                refuse(label not in number, f"class {label!r} is none of {', '.join(number)}")
                 x, y = (float(row[axis].replace(",", ".")) for axis in "xy")
                 found[0].rows.append((line, x, y, number[label]))
         refuse(not any(sample.rows for sample in samples), "it holds no clicks")

@@ -366,10 +366,10 @@ def test_images_find_their_masks(tmp_path, root, masks, images, found):
     assert pairs == set(zip(images.split(), found.split(), strict=True))
 
 
-def test_links_are_followed_and_what_is_hidden_or_no_file_is_no_image(tmp_path):
-    near, hidden = tmp_path / "near", ".thumbs/1.png @eaDir/0.png/THUMB.jpg images.txt ._2.png"
+def test_links_are_followed_and_what_is_hidden_or_of_a_run_is_no_image(tmp_path):
+    near = tmp_path / "near"
     make_masks(tmp_path / "far", [[60, 16, 152], [132, 41, 246]])
-    find_pairs(near, hidden)
+    find_pairs(near, ".t/1.png @eaDir/0.png/THUMB.jpg images.txt ._2.png r/checkpoint.pt r/1.png")
     (near / "0.png").mkdir()
     for name, target in (("images", "far/images"), ("masks", "far/masks"), ("loop", "near")):
         (near / name).symlink_to(tmp_path / target)
@@ -394,11 +394,11 @@ def test_images_are_held_out_by_folder_by_pattern_or_by_having_no_click():
     assert_refused(lambda: split("train/*", True), names[1], "no mask", "--masks")
 
 
-def clicks_of(tmp_path, text):
+def clicks_of(tmp_path, text, classes=None):
     (tmp_path / "my.csv").write_text(text, encoding="utf-8")
     names = ("images/a.jpg", "images/b.jpg", "other/b.jpg", "d/é.jpg", "d/c.jpg", "c.jpg")
-    samples = [data.Sample(name, Path(name), None, size=(8, 6)) for name in names]
-    data.read_clicks(tmp_path / "my.csv", samples, list(CLASSES))
+    samples = [data.Sample(name, Path("/d", name), None, size=(8, 6)) for name in names]
+    data.read_clicks(tmp_path / "my.csv", samples, classes or data.read_classes(None))
     return next(sample.click_map() for sample in samples if sample.rows)
 
 
@@ -406,26 +406,27 @@ def clicks_of(tmp_path, text):
     "text",
     [
         HEAD.replace(",", ";") + "images/a.jpg;3;4;Road\nimages/a.jpg;7,5;0,25;Land\n",
-        HEAD + "images/a.jpg,3,4,Road\nimages/a.jpg,7,0,Land\n,,,\n\n",
+        HEAD + "c.jpg,3,4,Road\nc.jpg,7,0,Land\n,,,\n\n",  # a path, whatever d/c.jpg is called
         "\ufeffX,Y,id,Image,Class\r\n3,4,1,a.jpg,Road\r\n7,0,2,a.jpg,Land\r\n",
         HEAD + "./images/a.jpg,3.9,4.0,2\nimages\\a.jpg,8.9,-0.9,Land\n",  # the border pixel
-        HEAD + '"images/a.jpg",3,4,"Road"\nimages/a.jpg,7,0,Land,\nimages/a.jpg,3,4,Road\n',
+        HEAD + '"images/a.jpg",3,4,"Road"\nimages/a.jpg,7,0,Land,\n/d/images/a.jpg,3,4,Road\n',
         HEAD + "d/e\u0301.jpg,3,4,Road\nd/\u00e9.jpg,7,0,Land\n",  # two ways to write é
-        HEAD + "c.jpg,3,4,Road\nc.jpg,7,0,Land\n",  # a path, whatever d/c.jpg is called
     ],
 )
 def test_clicks_are_read_in_the_forms_in_which_tools_write_them(tmp_path, text):
-    label_map = clicks_of(tmp_path, text)
+    label_map, numbers = clicks_of(tmp_path, text), "class,color\nsea,0\nland,5\nroad,7"
+    same = clicks_of(tmp_path, HEAD + "a.jpg,3,4,7\na.jpg,7,0,5", read_classes(tmp_path, numbers))
     assert label_map.shape == (6, 8) and data.list_points(label_map) == [[7, 0, 1], [3, 4, 2]]
+    assert torch.equal(label_map, same)  # what a number stands for is said in the file of classes
 
 
 @each(
     "read, text, words",
     [
-        (clicks_of, "", "--clicks|line 1|class,image,x,y"),
+        (clicks_of, "", "--clicks|line 1|image,x,y,class"),
         (clicks_of, HEAD, "no clicks"),
         (clicks_of, HEAD + "images/A.JPG,1,1,Road", "line 2|A.JPG|did you mean images/a.jpg?"),
-        (clicks_of, HEAD + "b.jpg,1,1,Road", "line 2|several|b.jpg"),
+        (clicks_of, HEAD + "b.jpg,1,1,Road", "line 2|2 images|b.jpg, did you mean other/b.jpg?"),
         (clicks_of, ROAD + "\na.jpg,2,2,Lake", "line 4|'Lake'|Water"),
         (clicks_of, HEAD + "a.jpg,one,1,Road", "line 2|one"),
         (clicks_of, HEAD + "a.jpg,nan,1,Road", "line 2|nan"),
@@ -433,7 +434,7 @@ def test_clicks_are_read_in_the_forms_in_which_tools_write_them(tmp_path, text):
         (clicks_of, HEAD + "a.jpg,1,-1,Road", "line 2|outside"),
         (clicks_of, ROAD + "a.jpg,1.5,1,Land", "line 3|line 2"),
         (clicks_of, ROAD + '"a.jpg,2,2,Road', "--clicks|unexpected end"),  # of what is in quotes
-        (read_classes, "name,color\na,#123456", "--classes|line 1|class,color or b,g,name,r"),
+        (read_classes, "name,color\na,#123456", "--classes|line 1|class,color or name,r,g,b"),
         (read_classes, CLASS + ",#000000", "2 to 253"),
         (read_classes, "class,color\na,256\nb,1", "line 2|255"),
         (read_classes, CLASS + "\na,#123457", "line 4|taken"),  # the empty one counts
@@ -577,8 +578,7 @@ def test_large_images_need_little_memory():
 
 # ==== train.py: whole runs ====
 
-QUICK = ["--weights", "none", "--size", "48", "--batch-size", "8", "--scale", "0.15"]
-QUICK += ["--epochs", "2"]
+QUICK = ["--weights=none", "--size=48", "--batch-size=8", "--scale=0.15", "--epochs=2"]
 POINTS = ["--points", "20"]
 train.MIN_STEPS, train.EPOCH_PIXELS = 1, 4 * 48**2  # in this process: two steps an epoch
 
@@ -634,7 +634,7 @@ def test_demo_as_a_user_starts_it_what_it_leaves_and_its_files_to_look_at(tmp_pa
     assert len(Image.open(out / "predictions.png").getcolors(1 << 24)) > 1000
     assert (out / "checkpoint.pt").stat().st_size < 100e6  # of a finished run, no optimizer
     named, samples = data.read_classes(DEMO / "classes.csv"), data.find_samples(DEMO)
-    data.read_clicks(DEMO / "clicks.csv", samples, named.names)
+    data.read_clicks(DEMO / "clicks.csv", samples, named)
     assert named.palette == [list(c) for c in PALETTE] and sum(bool(s.rows) for s in samples) == 28
     assert {Image.open(sample.mask).mode for sample in samples} == {"RGB", "P"}
 
@@ -768,12 +768,12 @@ def test_unet_as_a_program_and_in_the_readme_predicts_and_overwrites_nothing(fin
     checkpoint.parent.mkdir(parents=True)
     checkpoint.symlink_to(folder / "checkpoint.pt")
     shutil.copy(root / FIRST, tmp_path / "photo.jpg")
-    command = [sys.executable, HERE / "unet.py", checkpoint, "photo.jpg", "--out", "maps"]
+    command = [sys.executable, HERE / "unet.py", checkpoint, "photo.jpg", root / FIRST, "--out=m"]
     subprocess.run(command, cwd=tmp_path, check=True)
     again = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
     assert again.returncode == 1 and again.stderr.startswith("error: photo.jpg: ")
-    assert "maps/photo.png" in again.stderr and again.stderr.count("\n") == 1
-    class_map, model = Image.open(tmp_path / "maps" / "photo.png"), UNet.load(checkpoint)
+    assert again.stderr.splitlines()[1].startswith(f"error: {root / FIRST}: ")  # it went on
+    class_map, model = Image.open(tmp_path / "m" / "photo.png"), UNet.load(checkpoint)
     assert class_map.mode == "P" and np.array_equal(class_map, model.predict(root / FIRST))
     assert class_map.getpalette()[:15] == [value for color in model.palette for value in color]
     code = (HERE / "README.md").read_text().split("<!-- tested -->\n```python\n")[1].split("```")[0]
@@ -831,7 +831,7 @@ def test_wrong_flags_are_refused_and_named_and_nothing_is_written(tiny, run, fla
 
 def test_a_folder_without_images_and_a_run_in_out_are_refused(tiny, run, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "fetch", lambda root: pytest.fail("a download"))
-    assert f"no image in --data {tmp_path / 'nothing'}" in run(tmp_path / "nothing")
+    assert f".webp file is in --data {tmp_path / 'nothing'}" in run(tmp_path / "nothing")
     run.out.mkdir()
     (run.out / "metrics.csv").write_text("precious")
     assert f"{run.out} exists" in run(tiny)

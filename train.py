@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     root = data.find_dataset(args.data)
     samples = data.find_samples(root, args.masks)
     if args.clicks:
-        data.read_clicks(args.clicks, samples, classes.names)
+        data.read_clicks(args.clicks, samples, classes)
     training, held_out = data.split(samples, args.hold_out, bool(args.clicks))
 
     # 2. The clicks: pixels and labels of a training image become one tensor (4, h, w).
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
             sample.size = upright(sample.image).size
         classes.read_mask(sample.mask, sample.size)
     training = [sample for sample in training if len(sample.labelled)]
-    refuse(not training, f"no image in {root} has a labelled pixel to train on")
+    refuse(not training, f"no image in {root} has a labelled pixel; is --classes missing?")
 
     # 3. The network, random where it is not pretrained, and its optimiser.
     torch.manual_seed(args.seed)
@@ -250,11 +250,9 @@ def report(args, model, last: dict, training, held_out, classes) -> None:
         panels = {sample.name: ImageOps.contain(photo, (360, 300))}
         mask = classes.read_mask(sample.mask, photo.size) if held_out or dense else None
         if not dense:
-            points = sample.clicks
-            if mask is not None:
-                points = data.list_points(sample.draw(mask, args.points, args.seed))
             clicked = panels[sample.name].copy()
-            for x, y, c in points:
+            drawn = sample.clicks or data.list_points(sample.draw(mask, args.points, args.seed))
+            for x, y, c in drawn:
                 at = [(v + 0.5) * clicked.width / photo.width for v in (x, y)]
                 ImageDraw.Draw(clicked).circle(at, 5, tuple(classes.palette[c]), "white")
             panels["clicks (not trained on)" if held_out else "clicks"] = clicked
@@ -325,7 +323,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     forbids["points"] = {"resample"} if typed.get("points") == "all" else set()
     for one in typed.keys() & forbids.keys():
         if both := sorted(name.replace("_", "-") for name in typed.keys() & forbids[one]):
-            more = "; its learning rate has run out: start anew, --weights DIR/checkpoint.pt"
+            more = "; its learning rate has its cycle: start anew, --weights DIR/checkpoint.pt"
             parser.error(f"--{one} forbids --{', --'.join(both)}{more * (one == 'resume')}")
     if "demo" in typed:
         typed = {"data": str(Path(__file__).parent / "docs/demo"), "weights": "none"} | typed

@@ -197,18 +197,22 @@ def main() -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO")
     parser.add_argument("--out", type=Path, default="maps", metavar="DIR", help="[maps]")
     args = parser.parse_args()
-    path = args.checkpoint
+    failed, errors = [], (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
     try:
-        model = UNet.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = UNet.load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
         args.out.mkdir(parents=True, exist_ok=True)
         for path in args.photos:
-            class_map = Image.fromarray(model.predict(path))
-            class_map.putpalette([value for color in model.palette for value in color])
-            with open(args.out / f"{Path(path).stem}.png", "xb") as file:  # x: overwrite nothing
-                class_map.save(file, "PNG")
-            print(file.name)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        sys.exit(f"error: {path}: {error}")
+            try:
+                class_map = Image.fromarray(model.predict(path))
+                class_map.putpalette([value for color in model.palette for value in color])
+                with open(args.out / f"{Path(path).stem}.png", "xb") as file:  # or refuse
+                    class_map.save(file, "PNG")
+                print(file.name)
+            except errors as error:  # which the other photos may not have
+                failed.append(f"error: {path}: {error}")
+    except (*errors, KeyboardInterrupt) as error:
+        failed.append(f"error: {str(error) or 'interrupted'}")
+    sys.exit("\n".join(failed) or None)
 
 
 if __name__ == "__main__":
