@@ -302,8 +302,8 @@ def read_clicks(path: str, samples: list[Sample], classes: Classes) -> None:
     from its top-left corner (0, 0); class: a name, its number in --classes, else its index."""
     by_name, nfc = defaultdict(list), partial(unicodedata.normalize, "NFC")
     for sample in samples:
-        by_name[nfc(sample.image.name)].append(sample)
-    by_name |= {nfc(path): [s] for s in samples for path in (s.name, s.image.as_posix())}
+        by_name[nfc(sample.image.name)].append(sample)  # or its path, which wins
+    by_name |= {nfc(name): [s] for s in samples for name in (s.name, s.image.as_posix())}
     numbers = [n for c, n in classes.rows if c] if classes.by_number else range(len(classes.names))
     number = {str(key): i for keys in (numbers, classes.names) for i, key in enumerate(keys)}
     with naming(f"--clicks {path}"):
