@@ -87,7 +87,7 @@ class Sample:  # one image and all that belongs to it
 @contextlib.contextmanager
 def naming(what):
     """Turn what a user can cause into one line that begins with what is at fault."""
-    others = Image.DecompressionBombError, csv.Error
+    others = Image.DecompressionBombError, csv.Error, AssertionError, ImportError  # torch's, too
     try:
         yield
     except (OSError, ValueError, RuntimeError, SyntaxError, MemoryError, *others) as error:

@@ -36,7 +36,7 @@ def partial_focal_cross_entropy(
     N, C, *spatial = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     host = torch.as_tensor(torch.nan if alpha is None else alpha, dtype=dtype)  # nan is refused
-    alpha = host.to(logits.device, non_blocking=True)  # (host outlives the copy)
+    alpha = host.to(logits.device, non_blocking=host.is_cpu)  # (host outlives the copy)
     integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     shape, reductions = (N, *spatial), ("mean", "sum", "none")
     two = "have C >= 2, the softmax of one is always 1 (or use binary_cross_entropy_with_logits)"

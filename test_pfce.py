@@ -593,7 +593,7 @@ def no_old_checkpoints(tmp_path):
 def cli(*arguments) -> str | None:
     try:
         with data.naming("error"):
-            train.main(train.parse_args([str(a) for a in arguments]))
+            train.main(train.parse_args(["--device=cpu", *map(str, arguments)]))
     except (ValueError, SystemExit) as error:
         assert str(error).startswith("error: ") and "\n" not in str(error)
         return str(error)
@@ -769,7 +769,8 @@ def test_unet_as_a_program_and_in_the_readme_predicts_and_overwrites_nothing(fin
     checkpoint.symlink_to(folder / "checkpoint.pt")
     shutil.copy(root / FIRST, tmp_path / "photo.jpg")
     command = [sys.executable, HERE / "unet.py", checkpoint, "photo.jpg", root / FIRST, "--out=m"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    env = os.environ | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=tmp_path, check=True, env=env)
     again = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
     assert again.returncode == 1 and again.stderr.startswith("error: photo.jpg: ")
     assert again.stderr.splitlines()[1].startswith(f"error: {root / FIRST}: ")  # it went on
@@ -777,7 +778,6 @@ def test_unet_as_a_program_and_in_the_readme_predicts_and_overwrites_nothing(fin
     assert class_map.mode == "P" and np.array_equal(class_map, model.predict(root / FIRST))
     assert class_map.getpalette()[:15] == [value for color in model.palette for value in color]
     code = (HERE / "README.md").read_text().split("<!-- tested -->\n```python\n")[1].split("```")[0]
-    env = os.environ | {"PYTHONPATH": str(HERE)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=env)
 
 
@@ -797,7 +797,7 @@ DAMAGES = {  # a file, what becomes of it (None: it is gone), and what the messa
 WRONG_FLAGS = """--epochs 0; --epochs 2.5; --points -3; --points some; --points all --resample;
     --seed 99999999999999999999; --size 47; --scale 0; --lr nan; --lr inf; --gamma -1; --alpha x;
     --wieghts none; --device cuda:99; --device gpu7; --device meta; --clicks nowhere.csv;
-    --clicks x.csv --resample; --demo --data; --classes nowhere.csv; --masks nowhere;
+    --clicks x.csv --resample; --demo --data; --classes nowhere.csv; --masks nowhere; --device xpu;
     --hold-out nothing/*; --weights Imagenet; --resume nowhere --batch-size 8"""
 
 
@@ -864,7 +864,7 @@ def test_interrupted_killed_and_resumed_run_ends_like_one_left_alone(tiny, tmp_p
     assert cli(*flags, "--out", alone) is None
 
     def start_and_wait(condition, *arguments):
-        command = [sys.executable, HERE / "train.py", *map(str, arguments)]
+        command = [sys.executable, HERE / "train.py", "--device=cpu", *map(str, arguments)]
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while not condition():

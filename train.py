@@ -119,9 +119,8 @@ def train_one_epoch(parts: dict, training: list[Sample], args, epoch, crops, pre
         loss = partial_focal_cross_entropy(
             logits, target, gamma=args.gamma, alpha=args.alpha, reduction="none"
         )  # (N, S, S), 0 where no label
-        # Every crop counts alike: the mean over its labels, then over the crops. Small images have
-        # as many simulated clicks as large ones, their crops up to 13 times as many; a mean over
-        # the clicks of the batch would weigh them 13 times, where the score counts pixels.
+        # Every crop counts alike, as pixels do in the score: the mean over its labels, then over the
+        # crops. (A crop of a small image holds up to five times as many clicks as of a large one.)
         loss = (loss.sum((1, 2)) / (target != IGNORE_INDEX).sum((1, 2))).mean()  # (N,) → ()
         optimizer.zero_grad()
         loss.backward()
@@ -274,7 +273,7 @@ def usable_device(name: str) -> tuple[torch.device, str]:
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with naming(f"--device {name} cannot be used, try --device cpu"):
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        (torch.ones(1, device=device) + 1).item()
     # bfloat16 where it is fast: on most of CUDA, and on a CPU that has instructions for it.
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     fast = able.get("amx_bf16") or able.get("avx512_bf16")

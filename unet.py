@@ -197,7 +197,8 @@ def main() -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO")
     parser.add_argument("--out", type=Path, default="maps", metavar="DIR", help="[maps]")
     args = parser.parse_args()
-    failed, errors = [], (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    failed = []
+    errors = OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError
     try:
         model = UNet.load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def main() -> None:
     for epoch, (row, score) in enumerate(zip(timed[:-1], scored), start=1):  # (the last is scored)
         seconds += float(row["seconds"])
         print(
-            f"train.py, {epoch} of {len(timed)} epochs: {seconds:.1f} s, mIoU {score['miou'][:5]}"
+            f"train.py, {epoch} of {len(timed)} epochs: {seconds:.1f} s, mIoU {float(score['miou']):.3f}"
         )
 
 
