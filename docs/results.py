@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from train import parse_args
 
 DOCS = Path(__file__).resolve().parent
+COLORS = {"100 clicks": "#EF6C00", "dense masks": "#1565C0"}
+COLORS |= {"20 epochs": "#43A047", "80 epochs": "#1B5E20"}
 UNTOLD = ("data", "out", "device", "resume", "seed", "demo", "score_every")  # or are columns
 
 
@@ -96,7 +98,8 @@ def plot(panels: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> No
             pen.text((x0 - 20, y(low + i / 20)), f"{low + i / 20:.2f}", "black", font, anchor="rm")
         for n in ticks:
             pen.text((x[n], height - bottom + 20), n, "black", font, anchor="mt")
-        for (name, scores), color in zip(series.items(), ("#EF6C00", "#1565C0")):
+        for name, scores in series.items():
+            color = COLORS[name]
             means = [(x[n], y(statistics.mean(scores[n]))) for n in ticks if n in scores]
             pen.line([xy for mean in means for xy in mean], color, 8)
             for mean in means:
@@ -104,7 +107,8 @@ def plot(panels: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> No
             for n, group in scores.items():
                 for value in group:  # its seeds
                     pen.circle((x[n], y(value)), 8, "white", color, 4)
-            pen.text((x1, means[-1][1] + 60), name, color, font, anchor="rm")
+            above = name == list(series)[-1]  # the higher of two lines
+            pen.text((x1, means[-1][1] + (-60 if above else 60)), name, color, font, anchor="rm")
     canvas.save(path, optimize=True)
 
 
@@ -129,14 +133,14 @@ if __name__ == "__main__":
         rows = list(csv.DictReader(file))
     print_table(rows)
     over_epochs: dict[str, dict[str, list[float]]] = {"100 clicks": {}, "dense masks": {}}
-    over_clicks: dict[str, dict[str, list[float]]] = {"20 epochs": {}}
+    over_clicks: dict[str, dict[str, list[float]]] = {"20 epochs": {}, "80 epochs": {}}
     for row in rows:
         plain = re.sub(r" --(epochs|points) \w+", "", row["command"])
         if plain == "python train.py --data DIR --weights none":
             name = {"100": "100 clicks", "all": "dense masks"}.get(row["points"])
             if name:
                 over_epochs[name].setdefault(row["epochs"], []).append(float(row["miou"]))
-            if row["epochs"] == "20":
-                scores = over_clicks["20 epochs"]
-                scores.setdefault(row["points"], []).append(float(row["miou"]))
+            epochs = f"{row['epochs']} epochs"
+            if epochs in over_clicks:
+                over_clicks[epochs].setdefault(row["points"], []).append(float(row["miou"]))
     plot({"epochs": over_epochs, "clicks per image": over_clicks}, DOCS / "curve.png")
