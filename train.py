@@ -119,7 +119,7 @@ def train_one_epoch(parts: dict, training: list[Sample], args, epoch, crops, pre
         loss = partial_focal_cross_entropy(
             logits, target, gamma=args.gamma, alpha=args.alpha, reduction="none"
         )  # (N, S, S), 0 where no label
-        # Every crop counts alike, as pixels do in the score: the mean over its labels, then over the
+        # Every crop counts alike, as pixels do in the score: mean over its labels, then over the
         # crops. (A crop of a small image holds up to five times as many clicks as of a large one.)
         loss = (loss.sum((1, 2)) / (target != IGNORE_INDEX).sum((1, 2))).mean()  # (N,) → ()
         optimizer.zero_grad()
