@@ -100,9 +100,8 @@ def main() -> None:
     seconds = 0.0
     for epoch, (row, score) in enumerate(zip(timed[:-1], scored), start=1):  # (the last is scored)
         seconds += float(row["seconds"])
-        print(
-            f"train.py, {epoch} of {len(timed)} epochs: {seconds:.1f} s, mIoU {float(score['miou']):.3f}"
-        )
+        miou = float(score["miou"])
+        print(f"train.py, {epoch} of {len(timed)} epochs: {seconds:.1f} s, mIoU {miou:.3f}")
 
 
 if __name__ == "__main__":
