@@ -1,338 +1,501 @@
-"""The data: find or fetch it, read it, split it, click on it, cut training crops from it.
+"""The data: find or fetch it, split it, click on it, cut training crops from it.
 
-    find_samples ─► split ─► held out: read when they are scored
-                      ▼ training
-    crop ◄── pixels (4, h, w) ◄── shrink_labels ◄── sample_points (a simulated annotator)
-             R, G, B, label       (training size)   or click_map (a real one), or all labels
+    find_samples ─► split ─► training: photograph + clicks ─► pixels (4, h, w) ─► Crops ─► batches
+                      │                            ▲
+                      │        sample_points (simulated) or read_clicks (your own)
+                      ▼
+                   held out: scored on a label map (H, W), of a mask or of clicks
 
 Dataset: "Semantic segmentation of aerial imagery", Humans in the Loop and Mohammed Bin Rashid Space
 Centre, CC0: 72 satellite images of Dubai, `Tile 1..8/images/image_part_001..009.jpg` and masks.
+
+*Clicks* are always a tensor (P, 3) of x, y, class, in pixels of the upright photograph.
 A *label map* is an integer tensor (H, W): the class where labelled, IGNORE_INDEX elsewhere.
-Letters: H, W original size; h, w size after scaling; S side of a training crop.
+Letters in shapes: H, W original size; h, w size after scaling; S side of a training crop.
+
+The first half is the method. The second half is for people with data of their own: what the colours
+of masks mean, and how clicks are read from a file.
 """
 
 import contextlib
 import csv
-import difflib
 import fnmatch
-import hashlib
+import glob
 import io
 import os
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
+
+from unet import (
+    IGNORE_INDEX,
+    IMAGE_TYPES,
+    UserError,
+    geo_tags,
+    open_image,
+    reason,
+    transparent,
+    upright,
+    world_file,
+)
 
 CLASSES = ("Building", "Land", "Road", "Vegetation", "Water")
 PALETTE = ((60, 16, 152), (132, 41, 246), (110, 193, 228), (254, 221, 58), (226, 169, 41))
 NO_LABEL = ((155, 155, 155), (0, 0, 0))  # Dubai's Unlabeled, and black: 0.6 % of the pixels
-IGNORE_INDEX = 255
-STRAY = 254  # while a mask is read: a colour that no row of --classes names
 KAGGLE_NAME = "humansintheloop/semantic-segmentation-of-aerial-imagery"
 FOLDER = "Semantic segmentation dataset"  # what the archive unzips to
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+NUMBERS = {"x", "y", "map_x", "map_y", "width", "height"}  # columns of a file of clicks
 
 
 @dataclass(eq=False)
-class Sample:  # one image and all that belongs to it
+class Sample:
+    """One photograph and what is known about it."""
+
     name: str  # its path below --data, as in clicks.csv
     image: Path
     mask: Path | None
-    rows: list = field(default_factory=list)  # of --clicks: (line, x, y, class)
-    clicks: list = field(default_factory=list)  # [x, y, class] that it is trained on
-    size: tuple[int, int] = (0, 0)  # (W, H), upright
-    pixels: Tensor | None = None  # (4, h, w) uint8: R, G, B and label, which nothing moves apart
-    labelled: Tensor | None = None  # (L,) int32: where in the h·w pixels a label is
-
-    def click_map(self) -> Tensor:
-        """The label map (H, W) uint8 of `rows`; less than a pixel outside is the border."""
-        (W, H), first = self.size, {}
-        label_map = torch.full((H, W), IGNORE_INDEX, dtype=torch.uint8)
-        for line, x, y, c in self.rows:
-            inside = -1 < x < W + 1 and -1 < y < H + 1
-            refuse(not inside, f"line {line}: ({x:g}, {y:g}) is outside the {W}×{H} pixels")
-            at = min(max(int(y), 0), H - 1), min(max(int(x), 0), W - 1)
-            other, its_class = first.setdefault(at, (line, c))
-            refuse(its_class != c, f"line {line}: this pixel has another class in line {other}")
-            label_map[at] = c
-        return label_map
-
-    def draw(self, mask: Tensor, n: int | str, seed: int, epoch: int = 1) -> Tensor:
-        """Simulated clicks on its mask, or "all": a label map (H, W), the same whenever drawn."""
-        return mask if n == "all" else sample_points(mask, n, generator_for(seed, self.name, epoch))
-
-    def crop(self, S: int, generator: torch.Generator) -> Tensor:
-        """A square around one of the labels, turned and mirrored at random: (4, S, S) uint8."""
-        draw = partial(torch.randint, size=(), generator=generator)  # low … high − 1
-        _, h, w = self.pixels.shape
-        y, x = divmod(int(self.labelled[draw(0, len(self.labelled))]), w)
-        top = draw(max(0, y - S + 1), max(0, min(y, h - S)) + 1)
-        left = draw(max(0, x - S + 1), max(0, min(x, w - S)) + 1)
-        square = self.pixels[:, top : top + S, left : left + S]  # (4, S, S), or smaller
-        fill = (0, S - square.shape[2], 0, S - square.shape[1])  # white, and without labels
-        square = F.pad(square, fill, value=IGNORE_INDEX)  # (4, S, S)
-        if draw(0, 2):  # seen from above, no direction is special; colours would be square[:3]
-            square = square.flip(2)
-        return square.rot90(int(draw(0, 4)), (1, 2))
+    clicks: Tensor = None  # (P, 3) x, y, class; None before anyone has clicked
+    pixels: Tensor = None  # (4, h, w) uint8: R, G, B and label, padded to S×S at least
+    area: int = 0  # h · w without that padding
 
 
-@contextlib.contextmanager
-def naming(what):
-    """Turn what a user can cause into one line that begins with what is at fault."""
-    others = Image.DecompressionBombError, csv.Error, AssertionError, ImportError  # torch's, too
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SyntaxError, MemoryError, *others) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "out of memory"
-        raise ValueError(f"{what}: {' '.join(reason.split())}") from error
-
-
-def refuse(when: bool, why: str) -> None:
-    if when:
-        raise ValueError(why)
-
-
-def find_dataset(folder: str | None) -> Path:
-    """The folder with the images: `folder`, or FOLDER in it. Without one, `data`, from Kaggle."""
+def find_dataset(folder):
+    """The folder of the photographs; without a name `data`, which is filled from Kaggle."""
     root = Path(folder or "data")
+    # A folder that was named and is empty is a mistake, and no reason to download anything.
     if folder is None and not list_images(root):
         fetch(root)
-    root = root / FOLDER if (root / FOLDER).is_dir() else root
-    refuse(not list_images(root), f"no {', '.join(sorted(IMAGE_TYPES))} file is in --data {root}")
-    return root
+    inner = root / FOLDER
+    return inner if inner.is_dir() else root
 
 
-def list_images(root: Path) -> list[Path]:
-    """Every image file below `root`, links followed, sorted; nothing hidden (., or a NAS's @)."""
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        skip = os.path.realpath(folder) in seen or "checkpoint.pt" in files  # by a link; a run
-        seen.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if name[0] not in ".@" and not skip]
-        paths = [Path(folder, name) for name in files if name[0] != "." and not skip]
-        found += [path for path in paths if path.suffix.lower() in IMAGE_TYPES]
-    return sorted(found)
-
-
-def fetch(root: Path) -> None:
+def fetch(root):
     """Download Kaggle's archive and unzip it to `root/FOLDER`, all of it or nothing."""
-    archives = ", ".join(map(str, root.glob("*.zip")))  # as a browser leaves them
-    refuse(archives != "", f"no image in {root}, but {archives}: unzip that there")
+    for archive in root.glob("*.zip"):  # as a browser leaves it
+        raise UserError(f"no image in {root}, but {archive}: unzip that there")
     print(f"no image in {root}: downloading {KAGGLE_NAME} (32 MB) from Kaggle")
-    if Path("kaggle.json").is_file():  # a token in the working directory counts too
+    if Path("kaggle.json").is_file():  # a token in the working directory counts, too
         os.environ.setdefault("KAGGLE_CONFIG_DIR", os.getcwd())
-    noise = io.StringIO()  # without a token, `import kaggle` logs in, fails and prints a long text
+    noise = io.StringIO()  # without a token, `import kaggle` prints a long help text
     try:
         root.mkdir(parents=True, exist_ok=True)
+        # An interrupted download must not look like a dataset: unpack elsewhere, then rename.
         with tempfile.TemporaryDirectory(prefix=".partial", dir=root) as temporary:
             with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-                import kaggle  # here, because only this function may need a network
+                import kaggle  # here, because nothing else needs a network
 
                 kaggle.api.dataset_download_files(KAGGLE_NAME, path=temporary, unzip=True)
             Path(temporary, FOLDER).rename(root / FOLDER)
-    except (Exception, SystemExit) as error:  # old kaggle clients exit where there is no token
-        reason = " ".join(str(error).rpartition("Caused by ")[2].split())[:200]
-        raise ValueError(
-            f"the download failed ({reason or type(error).__name__}). By hand: unzip the archive "
-            f"of kaggle.com/datasets/{KAGGLE_NAME} into {root}; with an account: KAGGLE_API_TOKEN "
-            "or ~/.kaggle/access_token (or the legacy kaggle.json); without anything: --demo"
+    except (Exception, SystemExit) as error:  # older clients exit where there is no token
+        raise UserError(
+            f"the download failed ({reason(error)}). By hand: unzip the archive of "
+            f"kaggle.com/datasets/{KAGGLE_NAME} into {root}. With an account: set KAGGLE_API_TOKEN "
+            "or write ~/.kaggle/access_token (or the legacy kaggle.json). Without: try --demo"
         ) from error
 
 
-def find_samples(root: Path, masks: str | None = None) -> list[Sample]:
-    """Every image below `root` with its mask, or None. It has the same path, whatever the suffix:
-    below the folder `masks` that is given, else with `masks` for `images` wherever that stands in
-    it, or in a folder `masks` beside the image."""
-    whole = root.parent if root.name.lower() == "images" and not masks else root
-    below = Path(masks or whole)
+def list_images(root):
+    """Every image below a folder, links followed, except those hidden or in the folder of a run."""
+    images = {}  # by their real path: a link can lead back up
+    # Short paths first, so that of two ways to an image the direct one is kept.
+    for name in sorted(glob.glob("**/*.*", root_dir=root, recursive=True), key=len):
+        path = root / name
+        if path.suffix.lower() not in IMAGE_TYPES or "/@" in f"/{name}":  # a NAS hides in @eaDir
+            continue
+        # The predictions.png of a run is no photograph.
+        of_run = path.with_name("config.json").exists() and path.with_name("metrics.csv").exists()
+        if of_run and path.parent != root:
+            print(f"note      {path.parent} is the folder of a run: passed over")
+        else:
+            images.setdefault(path.resolve(), path)
+    return sorted(images.values())
 
-    def key(path: Path, folder: Path) -> tuple:
-        *folders, name = path.relative_to(folder).with_suffix("").parts
-        return (*("images" if f.lower() in ("images", "masks") else f for f in folders), name)
 
-    mask_of, image_of, samples = {}, {}, []
-    folders = [below] if whole == root else [root, *whole.glob("[mM][aA][sS][kK][sS]")]
-    for mask in (path for folder in folders for path in list_images(folder)):
-        if masks or "masks" in map(str.lower, mask.relative_to(below).parts[:-1]):
-            twin = mask_of.setdefault(key(mask, below), mask)
-            refuse(twin != mask, f"{twin} and {mask} are masks of the same image; remove one")
-    known = {mask.absolute() for mask in mask_of.values()}
-    images = [path for path in list_images(root) if path.absolute() not in known]
-    for image in images:
-        *folders, name = key(image, whole)
-        mask = mask_of.get((*folders, name)) or mask_of.get((*folders, "images", name))
-        twin = image_of.setdefault(mask or image, image)
-        refuse(twin != image, f"{twin} and {image} share the mask {mask}; remove one of the two")
-        samples.append(Sample(image.relative_to(root).as_posix(), image, mask))
-    for mask in set(mask_of.values()) - image_of.keys():
-        near = nearest(mask.stem, [image.stem for image in images])
-        raise ValueError(f"{mask} fits no image: a mask has its image's path and name{near}")
+def find_samples(root, masks=None):
+    """Every photograph below `root` with its mask, or None, as Samples.
+
+    A mask has the path of its photograph, whatever the suffix and capitals: below the folder
+    `masks` if that is given, else with "masks" for "images", or in `masks/` beside the photograph.
+    """
+    images = list_images(root)
+    if not images:
+        raise UserError(f"no image in --data {root}: none of {' '.join(sorted(IMAGE_TYPES))}")
+    # Tell what lies among the photographs and is not read: it may be a type we do not know.
+    others = []
+    for folder in {path.parent for path in images}:
+        others += [f for f in folder.glob("[!.]*.*") if f.suffix.lower() not in IMAGE_TYPES]
+    if others:
+        print(f"note      passed over {len(others)} other files, such as {min(others)}")
+
+    # Masks first: what is left are photographs.
+    mask_of = {}  # pair_key: mask
+    for path in list_images(Path(masks)) if masks else images:
+        if masks or "masks" in fold(path.relative_to(root).parent):
+            key = pair_key(path, masks or root)
+            if key in mask_of:
+                raise UserError(f"{mask_of[key]} and {path} are masks of one image; remove one")
+            mask_of[key] = path
+
+    samples = []
+    for path in sorted(set(images) - set(mask_of.values())):
+        beside = path.parent / "masks" / path.name
+        mask = mask_of.pop(pair_key(path, root), None) or mask_of.pop(pair_key(beside, root), None)
+        samples.append(Sample(path.relative_to(root).as_posix(), path, mask))
+    for mask in mask_of.values():  # it harms nothing
+        print(f"note      {mask} fits no image: a mask has its image's path and name")
     return samples
 
 
-def nearest(name: str, names) -> str:
-    """ ", did you mean {the most similar name}?", or nothing."""
-    folded = {n.casefold(): n for n in names}
-    close = difflib.get_close_matches(name.casefold(), folded, 1, cutoff=0.1)
-    return f", did you mean {folded[close[0]]}?" if close else ""
+def pair_key(path, folder):
+    """What the paths of a photograph and of its mask have in common."""
+    return fold(path.relative_to(folder).with_suffix("")).replace("masks", "images")
 
 
-def split(samples: list[Sample], pattern: str | None, clicked: bool):
-    """(training, held-out) samples. Held out are the images that match `pattern`; without one,
-    where there are clicks, those with a mask and no click, else the last two of every folder."""
-    folders = defaultdict(list)
-    for sample in samples:
-        folders[sample.image.parent].append(sample)
-    held_out = [sample for folder in folders.values() for sample in folder[1:][-2:]]
-    if clicked:
-        held_out = [sample for sample in samples if sample.mask and not sample.rows]
+def fold(path):
+    """A path or a name to compare: capitals, and the two ways to write é, make no difference."""
+    return unicodedata.normalize("NFC", Path(path).as_posix()).lower()
+
+
+def split(samples, pattern, clicked):
+    """(training, held-out) samples. Of what was clicked, those in neither have no click or mask.
+
+    Held out are the images that match `pattern`, a path, a folder or a pattern of names. Without
+    one: those with a mask and no click, or the last two of every folder if nothing was clicked.
+    """
     if pattern:
-        held_out = [sample for sample in samples if fnmatch.fnmatchcase(sample.name, pattern)]
-        which = f"{'every' if held_out else 'no'} image, such as {samples[0].name}"
-        refuse(len(held_out) in (0, len(samples)), f"--hold-out {pattern} matches {which}")
-    for sample in held_out if clicked else samples:
-        rule = "it has the same path with masks for images, or below --masks DIR"
-        refuse(sample.mask is None, f"{sample.image} has no mask: {rule}")
-    return [s for s in samples if s not in held_out and (s.rows or not clicked)], held_out
+        folder = pattern.removesuffix("*").rstrip("/")  # as it stands: "[2021]" is no pattern here
+        held_out = []
+        for sample in samples:
+            inside = sample.name == folder or sample.name.startswith(f"{folder}/")
+            if inside or fnmatch.fnmatchcase(sample.name, pattern):
+                held_out.append(sample)
+        if len(held_out) in (0, len(samples)):
+            raise UserError(
+                f"--hold-out {pattern} matches {len(held_out)} of {len(samples)} images, which have "
+                f"names such as {samples[0].name}; some must be left to train on"
+            )
+    elif clicked:
+        held_out = [sample for sample in samples if sample.mask and sample.clicks is None]
+    else:
+        held_out, folders = [], defaultdict(list)
+        for sample in samples:
+            folders[sample.image.parent].append(sample)
+        for folder in folders.values():
+            held_out += folder[1:][-2:]  # never the first: something must be left to train on
+
+    training = [sample for sample in samples if sample not in held_out]
+    if clicked:
+        training = [sample for sample in training if sample.clicks is not None]
+        held_out = [sample for sample in held_out if sample.mask or sample.clicks is not None]
+    for sample in training + held_out:
+        if not sample.mask and sample.clicks is None:
+            raise UserError(
+                f"{sample.image} has no mask of its own: that has the same path with masks for "
+                "images, or below --masks DIR; or click on it and give --clicks FILE"
+            )
+    # From here on a sample has what is used of it, and nothing else.
+    for sample in training:
+        if sample.clicks is not None:
+            sample.mask = None
+    for sample in held_out:
+        if sample.mask:
+            sample.clicks = None
+    return training, held_out
+
+
+def sample_points(mask, n, generator=None):
+    """The simulated annotator: n labelled pixels of a label map (H, W) as clicks (n, 3).
+
+    Every set of n pixels is equally likely; all of them if there are fewer. They come in row order.
+    (Bearman et al. 2016, arXiv:1506.02106, click on objects. Here no object needs to be known.)
+    """
+    y, x = (mask != IGNORE_INDEX).nonzero(as_tuple=True)  # (M,) each
+    chosen = torch.randperm(len(y), generator=generator)[:n].sort().values  # (n,)
+    y, x = y[chosen], x[chosen]
+    return torch.stack([x, y, mask[y, x].long()], dim=1)
+
+
+def paint(clicks, size, shape):
+    """Clicks (P, 3) on a photograph of size (W, H) → label map (h, w) uint8.
+
+    Each goes to the cell that covers its pixel. If two share a cell, the later one wins. Resizing a
+    label map as one resizes a picture would lose three of four clicks at scale 0.5, or move them.
+    """
+    (W, H), (h, w) = size, shape
+    x, y, c = clicks.numpy().T  # (P,) each; NumPy promises that the last of equal indices wins
+    label_map = np.full((h, w), IGNORE_INDEX, np.uint8)
+    # The centre of the pixel, (x + 0.5) · w / W, in whole numbers.
+    label_map[(2 * y + 1) * h // (2 * H), (2 * x + 1) * w // (2 * W)] = c
+    return torch.from_numpy(label_map)
+
+
+class Crops(torch.utils.data.Dataset):
+    """Item i is a square around a random label of image i, turned and mirrored: (4, S, S) uint8."""
+
+    def __init__(self, samples, size):
+        self.size = size
+        self.pixels = [sample.pixels for sample in samples]
+        self.labelled = []  # where the labels of each image are: y · w + x, (L,)
+        for pixels in self.pixels:
+            where = (pixels[3].flatten() != IGNORE_INDEX).nonzero()[:, 0]
+            self.labelled.append(where.int())  # half the memory, which counts with dense masks
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        S, pixels, labelled = self.size, self.pixels[i], self.labelled[i]
+        _, h, w = pixels.shape
+        # One label, so that no crop is without any, and one of the windows that hold it.
+        y, x = divmod(int(labelled[draw(0, len(labelled) - 1)]), w)
+        top = draw(max(0, y - S + 1), min(y, h - S))
+        left = draw(max(0, x - S + 1), min(x, w - S))
+        crop = pixels[:, top : top + S, left : left + S]  # (4, S, S)
+        # Augmentation: seen from above, no direction is special. (Colours would be crop[:3].)
+        if draw(0, 1):
+            crop = crop.flip(2)
+        return crop.rot90(draw(0, 3), (1, 2))
+
+
+def draw(low, high):
+    """A random whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+# ---- Data of your own: what masks hold, and clicks from a file ----
 
 
 class Classes:
-    """What stands for the classes in masks: rows (name, RGB or number); no name means no label."""
+    """What stands for which class in masks: rows of (name, RGB colour or number).
+
+    A row without a name means no label. Colours without a row are counted in `strays`.
+    """
 
     def __init__(self, rows):
-        self.rows, self.by_number = rows, isinstance(rows[0][1], int)
-        self.names, self.palette = [name for name, _ in rows if name], []
-        self.table = np.full(2**24, STRAY, np.uint8)  # colour 0xRRGGBB → class
-        self.strays: dict[Path, Counter] = {}  # of each mask: pixels of each colour without a row
+        self.rows = rows
+        self.by_number = isinstance(rows[0][1], int)
+        self.names, self.palette = [], []
+        self.index = {}  # what a file of clicks calls a class → class
+        self.known = np.zeros(2**24, bool)  # colours 0xRRGGBB
+        self.table = np.full(2**24, IGNORE_INDEX, np.uint8)  # colour → class
+        self.strays = Counter()
+        self.turned = 0  # masks of photographs that are stored turned
         for name, value in rows:
-            r, g, b = [value] * 3 if self.by_number else value
-            i = len(self.palette) if name else IGNORE_INDEX
-            self.table[r << 16 | g << 8 | b] = i
-            if self.by_number:  # a picture needs colours that can be told apart
-                color = f"hsv({i * 222 % 360},{100 - i % 3 * 30}%,{95 - i // 3 % 3 * 25}%)"
-                r, g, b = ImageColor.getrgb(color)
-            self.palette += [[r, g, b]] if name else []
+            color = value * 0x010101 if self.by_number else int.from_bytes(bytes(value), "big")
+            self.known[color] = True
+            if name:
+                c = self.table[color] = len(self.names)
+                self.index[str(value if self.by_number else c)] = c
+                self.names.append(name)
+                # In a picture numbers need colours that can be told apart.
+                hue = f"hsv({c * 222 % 360},{100 - c % 3 * 30}%,{95 - c // 3 % 3 * 25}%)"
+                self.palette.append(ImageColor.getrgb(hue) if self.by_number else value)
+        # Names last: a class that is called "2" is meant before the class of number 2.
+        self.index |= {fold(name): c for c, name in enumerate(self.names)}
 
-    def read_mask(self, path: Path, size: tuple[int, int]) -> Tensor:
-        """A mask as label map (H, W) uint8. Raises ValueError where it is not of its image's `size`
-        (W, H), or over a tenth of its colours have no row; up to that they are left unlabelled."""
-        with naming(path), Image.open(path) as image:
-            both = "{}×{} pixels, its upright image {}×{}".format(*image.size, *size)
-            refuse(image.size != size, f"{both}; they must be the same")
-            refuse(image.format in ("JPEG", "MPO"), "JPEG changes colours; masks must be PNG")
-            refuse(image.mode[0] in "IF", "more than 8 bits a pixel; save the mask with 8")
-            if self.by_number and image.mode in ("1", "P"):  # indices, not what they look like
-                white = 255 if image.mode == "1" and self.table[0x010101] == STRAY else 1
-                image = Image.fromarray(np.asarray(image).astype(np.uint8) * np.uint8(white))
-            color = np.asarray(image.convert("RGBA")).view(">u4")[..., 0] >> 8  # (H, W) 0xRRGGBB
-            label_map = self.table[color]  # (H, W)
-            stray = label_map == STRAY
-            if stray.any():
-                found = zip(*np.unique(color[stray], return_counts=True))
-                self.strays[path] = Counter({f"#{value:06X}": int(n) for value, n in found})
-                most = [f"{c} {n / stray.size:.0%}" for c, n in self.strays[path].most_common(5)]
-                share = f"{stray.mean():.0%} of the pixels are of no class ({', '.join(most)})"
-                refuse(stray.mean() > 0.1, f"{share}: name what they hold in a file for --classes")
-                label_map[stray] = IGNORE_INDEX
-        return torch.from_numpy(label_map)
+    def read_mask(self, path, photo):
+        """A mask as label map (H, W) uint8, without a label where the photograph is transparent.
+
+        Raises UserError if it has not the size of the upright photograph, or if over a tenth of its
+        pixels have a colour without a row.
+        """
+        image = open_image(path)
+        if image.size != photo.size:
+            raise UserError(f"{path}: {image.size} pixels, but its upright image has {photo.size}")
+        if self.by_number and (image.mode == "P" or image.mode == "1" and self.known[0x010101]):
+            image = Image.fromarray(np.asarray(image).astype(np.uint8))  # indices, not colours
+        color = np.asarray(image.convert("RGBA")).view(">u4")[..., 0] >> 8  # (H, W) 0xRRGGBB
+        stray = ~self.known[color]  # (H, W) bool
+        values, counts = np.unique(color[stray], return_counts=True)
+        found = Counter({f"#{v:06X}": n for v, n in zip(values, counts.tolist())})
+        if stray.mean() > 0.1:
+            raise UserError(
+                f"{path}: {stray.mean():.0%} of its pixels are of no class, {found.most_common(3)}; "
+                "say what they are in a file for --classes, and save masks as PNG, not as JPEG"
+            )
+        # A few strays are told and left unlabelled: blurred edges, a rare class that was forgotten.
+        self.strays += found
+        self.turned += photo.info["turned"]
+        label_map = torch.from_numpy(self.table[color])  # (H, W)
+        label_map[transparent(photo)] = IGNORE_INDEX
+        return label_map
 
 
-def read_classes(path: str | None) -> Classes:
+def read_classes(path):
     """CSV `class,color` or `name,r,g,b`; without a file the five classes of Dubai."""
     if path is None:
         return Classes([*zip(CLASSES, PALETTE), *(("", color) for color in NO_LABEL)])
     rows = []
-    with naming(f"--classes {path}"):
-        for line, row in read_table(path, "class,color", "name,r,g,b"):
-            with naming(f"line {line}"):
-                name = row.get("class", row.get("name"))
-                color = row.get("color") or "rgb({r},{g},{b})".format_map(defaultdict(str, row))
-                value = int(color) if color.isdecimal() else ImageColor.getrgb(color)[:3]
-                taken = any(value == v or name == n != "" for n, v in rows)
-                refuse(taken or np.max(value) > 255, f"{name},{color} is taken, or above 255")
-                rows.append((name, value))
-        refuse(len({type(v) for _, v in rows}) != 1, "give every class a colour, or a number")
-        refuse(not 2 <= sum(n != "" for n, _ in rows) < STRAY, "give 2 to 253 classes")
+    for line, row in read_table(path, "class,color", "name,r,g,b"):
+        with at_line(path, line):
+            name = row.get("class", row.get("name"))
+            color = row.get("color") or f"rgb({row['r']},{row['g']},{row['b']})"
+            value = int(color) if color.isdecimal() else ImageColor.getrgb(color)[:3]
+            for other, its_value in rows:
+                if value == its_value or fold(name) == fold(other) and name:
+                    raise UserError(f"{name},{color} is taken")
+            if np.max(value) > 255:
+                raise UserError(f"{color} is above 255")
+            rows.append((name, value))
+    # Half a file of colours and half of numbers has no meaning.
+    if len({type(value) for _, value in rows}) != 1:
+        raise UserError(f"{path}: give every class a colour, or every class a number")
+    if not 2 <= sum(name != "" for name, _ in rows) < IGNORE_INDEX:
+        raise UserError(f"{path}: give 2 to 254 classes")
     return Classes(rows)
 
 
-def read_table(path: str, *headers: str) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file that are not empty: (number of the line, value of each column).
-    Comma, semicolon or tab, capitals or not; at least the columns of one of the headers."""
-    with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets add a BOM
-        head, *lines = unicodedata.normalize("NFC", file.read()).splitlines() or [""]
-    delimiter = max(",;\t", key=head.count)
-    header = [name.strip(' "').lower() for name in head.split(delimiter)]
-    enough = any(set(names.split(",")) <= set(header) for names in headers)
-    refuse(not enough, f"line 1: must have {' or '.join(headers)}")
-    rows = enumerate(csv.reader(lines, delimiter=delimiter, strict=True), start=2)
-    rows = [(line, [cell.strip() for cell in row]) for line, row in rows if "".join(row).strip()]
-    return [(line, dict(zip(header, row + [""] * len(header)))) for line, row in rows]
+def read_clicks(path, samples, classes):
+    """Someone's own clicks: the rows of a CSV file become the `clicks` of their samples.
+
+    image: a path below --data, or a bare name if only one image has it; the suffix may differ
+    x, y: pixels of the upright photograph from its top left; or map_x, map_y of its own system
+    class: a name, its number in --classes, else its index
+    width, height: where given, the size of the upright photograph
+    """
+    rows_of = defaultdict(list)  # by the name of the image: each is looked up and opened once
+    for line, row in read_table(path, "image,x,y,class", "image,map_x,map_y,class"):
+        rows_of[row["image"]].append((line, row))
+    # For each sample its clicked pixels (y, x), with the line that names them and their class.
+    found = defaultdict(dict)
+    for name, rows in rows_of.items():
+        with at_line(path, rows[0][0]):
+            sample = find_image(name, samples)
+        photo = upright(sample.image)
+        hidden = transparent(photo)  # (H, W)
+        for line, row in rows:
+            with at_line(path, line):
+                pixel, c = read_click(row, sample, photo, classes)
+                if hidden[pixel]:  # the border of an orthomosaic has no class
+                    continue
+                other, its_class = found[sample].setdefault(pixel, (line, c))
+                if c != its_class:
+                    raise UserError(f"this pixel has another class in line {other}")
+    for sample, pixels in found.items():
+        # In row order, as simulated clicks are: the same clicks give the same run.
+        clicks = [(x, y, c) for (y, x), (_, c) in sorted(pixels.items())]
+        sample.clicks = torch.tensor(clicks)  # (P, 3)
 
 
-def sample_points(mask: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """The simulated annotator: keep n labelled pixels of a label map, forget the others.
-    mask (H, W) any integer type, IGNORE_INDEX = unlabelled → the same with exactly n labels, or all
-    where there are fewer; every set of n is equally likely. (Bearman et al. 2016, arXiv:1506.02106,
-    click on objects; here none need be known.)"""
-    labelled = (mask.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (M,)
-    chosen = labelled[torch.randperm(len(labelled), generator=generator)[:n]]  # (n,)
-    points = torch.full_like(mask, IGNORE_INDEX).flatten()  # (H·W,)
-    points[chosen] = mask.flatten()[chosen]
-    return points.view_as(mask)
+@contextlib.contextmanager
+def at_line(path, line):
+    """Name the file and the line of what is wrong there."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:  # also of float(…) and ImageColor
+        raise UserError(f"{path}: line {line}: {error}") from error
 
 
-def generator_for(*what) -> torch.Generator:
-    """A random generator that depends on its arguments alone, not on what was drawn before."""
-    digest = hashlib.sha256(repr(what).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def find_image(name, samples):
+    """The one sample that a row means, by its path or by its end, with its suffix or without."""
+    path = Path(name.replace("\\", "/").lstrip("/"))
+    whole, stem = fold(path), fold(path.with_suffix(""))
+    # An exact path wins. People click on a PNG copy of a GeoTIFF, so that the suffix comes last.
+    found = (
+        [sample for sample in samples if sample.name == name]
+        or [sample for sample in samples if fold(sample.image).endswith(f"/{whole}")]
+        or [sample for sample in samples if fold(sample.image.with_suffix("")).endswith(f"/{stem}")]
+    )
+    if len(found) != 1:
+        raise UserError(f"{len(found) or 'no'} images are called {name}; give the path of one")
+    return found[0]
 
 
-def read_clicks(path: str, samples: list[Sample], classes: Classes) -> None:
-    """Someone's own clicks: the rows of CSV `image,x,y,class` go to the `rows` of their sample.
-    image: path below --data, or a bare name that one image has; x, y: pixels of the upright image
-    from its top-left corner (0, 0); class: a name, its number in --classes, else its index."""
-    by_name, nfc = defaultdict(list), partial(unicodedata.normalize, "NFC")
-    for sample in samples:
-        by_name[nfc(sample.image.name)].append(sample)  # or its path, which wins
-    by_name |= {nfc(name): [s] for s in samples for name in (s.name, s.image.as_posix())}
-    numbers = [n for c, n in classes.rows if c] if classes.by_number else range(len(classes.names))
-    number = {str(key): i for keys in (numbers, classes.names) for i, key in enumerate(keys)}
-    with naming(f"--clicks {path}"):
-        for line, row in read_table(path, "image,x,y,class"):
-            with naming(f"line {line}"):
-                name, label = Path(row["image"].replace("\\", "/")).as_posix(), row["class"]
-                found = by_name.get(name, [])
-                if len(found) != 1:
-                    near = nearest(name, [sample.name for sample in found] or by_name)
-                    raise ValueError(f"{len(found) or 'no'} images are called {name}{near}")
-                refuse(label not in number, f"class {label!r} is none of {', '.join(number)}")
-                x, y = (float(row[axis].replace(",", ".")) for axis in "xy")
-                found[0].rows.append((line, x, y, number[label]))
-        refuse(not any(sample.rows for sample in samples), "it holds no clicks")
+def read_click(row, sample, photo, classes):
+    """One row of a file of clicks: pixel (y, x) and class."""
+    W, H = photo.size
+    # Clicks on a resized or turned copy would land anywhere.
+    size = [row.get("width", ""), row.get("height", "")]
+    if any(size) and tuple(map(float, size)) != photo.size:
+        raise UserError(f"made on {'×'.join(size)} pixels, {sample.name} has {W}×{H} upright")
+    if "x" in row:
+        x, y = float(row["x"]), float(row["y"])
+    elif photo.info["turned"]:
+        raise UserError(f"{sample.image} is stored turned; give x, y in pixels")
+    else:
+        x, y = map_to_pixel(sample.image, float(row["map_x"]), float(row["map_y"]))
+    # The pixel is the whole part. On the far edge it is the last one.
+    if not (0 <= x <= W and 0 <= y <= H):
+        raise UserError(f"({x:g}, {y:g}) is outside the {W}×{H} pixels of {sample.name}")
+    name = fold(row["class"]).removesuffix(".0")  # pandas writes numbers beside gaps as 2.0
+    if name not in classes.index:
+        raise UserError(f"class {row['class']!r} is none of {', '.join(classes.names)}")
+    return (min(int(y), H - 1), min(int(x), W - 1)), classes.index[name]
 
 
-def list_points(label_map: Tensor) -> list[list[int]]:
-    """[x, y, class] of every labelled pixel of a label map (H, W), in row order."""
-    y, x = (label_map != IGNORE_INDEX).nonzero(as_tuple=True)  # (P,) each
-    return torch.stack([x, y, label_map[y, x].long()], dim=1).tolist()
+def map_to_pixel(path, map_x, map_y):
+    """Where a point of a photograph's reference system lies in it, in pixels from its top left.
+
+    (map_x, map_y) = A (x, y) + b, with A and b of the GeoTIFF tags (OGC 19-008r4) or a world file.
+    """
+    tags, world = geo_tags(path), world_file(path)
+    # Key 1025 with value 2 says PixelIsPoint: coordinates are those of pixel centres.
+    from_centre = "1025, 0, 1, 2" in str(tags.get(34735))
+    if 34264 in tags:  # a 4×4 matrix
+        a, b, _, c, d, e, _, f = tags[34264][:8]
+    elif 33550 in tags:  # the size of a pixel, and a tie point
+        i, j, _, x, y, _ = tags[33922][:6]  # pixel (i, j) lies at (x, y)
+        a, e, _ = tags[33550]
+        b, d, e = 0, 0, -e  # north is up
+        c, f = x - a * i, y - e * j
+    elif world:
+        a, d, b, e, c, f = map(float, world.read_text().split())
+        from_centre = True  # by definition
+    else:
+        raise UserError(f"{path} has neither GeoTIFF tags nor a world file; give x, y in pixels")
+    x, y = np.linalg.solve([[a, b], [d, e]], [map_x - c, map_y - f])
+    return x + from_centre / 2, y + from_centre / 2  # the centre of the first pixel is 0.5
 
 
-def shrink_labels(label_map: Tensor, h: int, w: int) -> Tensor:
-    """Carry labels (H, W) uint8 to the cell (h, w) that covers them; of two in one the later stays.
-    Resizing as one resizes pictures would lose three of four clicks at scale 0.5, or move them."""
-    H, W = label_map.shape
-    source, small = label_map.numpy(), np.full((h, w), IGNORE_INDEX, np.uint8)
-    for top in range(0, H, 256):  # a strip at a time: 16 bytes a label would fill the memory
-        y, x = np.nonzero(source[top : top + 256] != IGNORE_INDEX)  # (P,) each, in row order
-        y += top
-        small[(2 * y + 1) * h // (2 * H), (2 * x + 1) * w // (2 * W)] = source[y, x]
-    return torch.from_numpy(small)
+def read_table(path, *headers):
+    """The rows of a CSV file that are not empty: (line as an editor counts it, value by column).
+
+    Comma, semicolon or tab; UTF-8 or UTF-16; capitals in the header make no difference. Raises
+    UserError if it has the columns of no header, or if a row can be read in two ways.
+    """
+    content = Path(path).read_bytes()
+    # Excel's "Unicode text" begins with a byte that no UTF-8 has; -sig drops the mark of the other.
+    encoding = "utf-16" if content[:1] in b"\xff\xfe" else "utf-8-sig"
+    try:
+        text = unicodedata.normalize("NFC", content.decode(encoding))
+        first = text.partition("\n")[0]
+        named = first.startswith("sep=")  # Excel writes the delimiter above the header
+        delimiter = first[4] if named else max(",;\t", key=first.count)
+        csv.field_size_limit(len(text) + 1)  # notes can be long
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True
+        )
+        table = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: {error}; save it as CSV UTF-8") from error
+    # csv would swallow the rest of the file in silence.
+    if text.count('"') % 2:
+        raise UserError(f"{path}: a quote is never closed")
+    (_, header), *table = table[named:] or [(1, [])]
+    header = [name.lower() for name in header]
+    if not any(set(names.split(",")) <= set(header) for names in headers):
+        raise UserError(f"{path}: line 1 must have {' or '.join(headers)}")
+    # QGIS adds X and Y beside one's own x and y. Which ones are meant?
+    for name in header:
+        if name and header.count(name) > 1:
+            raise UserError(f"{path}: two columns are called {name}, capitals or not; rename one")
+    rows = []
+    for line, cells in table:
+        row = dict(zip(header, cells + [""] * len(header)))  # short rows are filled up
+        if any(cells[len(header) :]):
+            raise UserError(f"{path}: line {line} has more cells than the header")
+        # A comma in a number is decimal, unless it can be a thousands' comma, too.
+        for name in NUMBERS & row.keys():
+            if "," in row[name] and delimiter == ",":
+                raise UserError(f"{path}: line {line}: is the comma in {row[name]} decimal or not?")
+            row[name] = row[name].replace(",", ".")
+        if any(cells):
+            rows.append((line, row))
+    return rows

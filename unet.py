@@ -7,215 +7,354 @@ image ─► (normalise)                            up5 (16) ─► head ─► 
   layer3 (256) ────────────── x4 ─────────────► up1 (256)                     H/16
   layer4 (512) ────────────── x5 ────────────────┘                            H/32
 
-Down on the left, up on the right. up = upsample to the size of the skip, concatenate the skip,
-twice (3×3 conv, BatchNorm, ReLU). Channels in parentheses; odd sizes round up: H/2 is ⌈H/2⌉.
-Letters: N batch, C classes, H, W size of the image, h, w size after scaling.
+Down on the left, up on the right. Each step up enlarges the map below to the size of the skip,
+concatenates the two and applies (3×3 conv, BatchNorm, ReLU) twice. Channels are in parentheses.
+Odd sizes round up: H/2 means ⌈H/2⌉. Letters in shapes: N batch, C classes, H and W the size of the
+image, h and w its size after scaling.
 
-    python unet.py runs/…/checkpoint.pt PHOTO… --out DIR     a class map per photo, as palette PNG
+    python unet.py runs/…/checkpoint.pt PHOTO… --out maps     a class map of every photograph
 """
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
-from torchvision.models import ResNet34_Weights, resnet34
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.models import resnet34
 from torchvision.transforms.functional import pil_to_tensor
 
-IMAGENET = ResNet34_Weights.IMAGENET1K_V1  # 83 MB
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are welcome
+IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
+IMAGE_TYPES = set(".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())  # noqa: SIM905
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: where it lies, in which system
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are welcome
 
 
-class Up(nn.Module):
-    """One step up the decoder: upsample, concatenate the skip, two 3×3 conv–BatchNorm–ReLU."""
+class UserError(ValueError):
+    """A mistake of the user. The message names the file or the flag, and the remedy."""
 
-    def __init__(self, below: int, skip: int, out: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(below + skip, out, 3, padding=1, bias=False)  # BatchNorm has it
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
 
-    def forward(self, x: Tensor, size: torch.Size, skip: Tensor | None = None) -> Tensor:
-        x = F.interpolate(x, size=size)  # (N, below, *size), nearest neighbour
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)  # (N, below + skip, *size)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, out, *size)
-        return F.relu(self.bn2(self.conv2(x)), inplace=True)  # (N, out, *size)
+def double_conv(inputs, outputs):
+    """Twice (3×3 conv, BatchNorm, ReLU): (N, inputs, h, w) → (N, outputs, h, w)."""
+    layers = []
+    for channels in (inputs, outputs):
+        layers += [
+            nn.Conv2d(channels, outputs, 3, padding=1, bias=False),  # BatchNorm has a bias
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+def join(below, skip):
+    """Enlarge the map below to the size of the skip and concatenate the two."""
+    below = F.interpolate(below, size=skip.shape[2:])  # nearest neighbour
+    return torch.cat([below, skip], dim=1)  # the channels of both
 
 
 class UNet(nn.Module):
-    """ResNet-34 U-Net: image (N, 3, H, W) in [0, 1] → logits (N, num_classes, H, W), H, W >= 32.
-    weights: "imagenet" (fetched by torchvision), None (random), or the path of a file that holds a
-    ResNet-34 anywhere in it. Raises ValueError where there is none to be had."""
+    """ResNet-34 U-Net: image (N, 3, H, W) → logits (N, num_classes, H, W).
 
-    def __init__(self, num_classes: int, weights: str | None = "imagenet"):
+    The image holds floats in [0, 1] or uint8 in 0 … 255. H and W are at least 32, and more than
+    that to train on a single image, since BatchNorm needs more than one value a channel.
+    weights: "imagenet" (fetched by torchvision), None (random), or the path of a file that holds a
+    ResNet-34. Raises UserError if they cannot be had.
+    """
+
+    def __init__(self, num_classes, weights="imagenet"):
         super().__init__()
-        # Buffers, so that nobody who calls the model can forget to normalise as for ImageNet:
+        # As buffers, mean and std of ImageNet cannot be forgotten by whoever calls the model.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.encoder = load_encoder(weights)
-        self.up1 = Up(512, 256, 256)
-        self.up2 = Up(256, 128, 128)
-        self.up3 = Up(128, 64, 64)
-        self.up4 = Up(64, 64, 32)
-        self.up5 = Up(32, 0, 16)
+        self.up1 = double_conv(512 + 256, 256)
+        self.up2 = double_conv(256 + 128, 128)
+        self.up3 = double_conv(128 + 64, 64)
+        self.up4 = double_conv(64 + 64, 32)
+        self.up5 = double_conv(32, 16)
         self.head = nn.Conv2d(16, num_classes, 1)
-        # What `predict` needs to know, set by train.py and kept in its checkpoints:
-        self.classes: list[str] = [str(c) for c in range(num_classes)]
-        self.palette: list[list[int]] = []  # RGB of each class
-        self.scale = 1.0  # the image is resized by this before it enters the network
-        self.window = 64  # side of the windows that it is predicted in, after resizing
+        # What `predict` needs beside the parameters. train.py sets it and saves it with them.
+        self.classes = []  # their names
+        self.palette = []  # their colours and, up to 255, grey: R, G, B, R, G, B, … for Pillow
+        self.scale = 1.0  # photographs are resized by this before they enter the network
+        self.window = 64  # side of the windows that they are predicted in, after resizing
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image):
+        if image.dtype == torch.uint8:
+            image = image / 255
+        x0 = (image.to(self.mean.dtype) - self.mean) / self.std  # (N, 3, H, W)
         e = self.encoder
-        x0 = (image - self.mean) / self.std  # (N, 3, H, W)
         x1 = e.relu(e.bn1(e.conv1(x0)))  # (N, 64, H/2, W/2)
         x2 = e.layer1(e.maxpool(x1))  # (N, 64, H/4, W/4)
         x3 = e.layer2(x2)  # (N, 128, H/8, W/8)
         x4 = e.layer3(x3)  # (N, 256, H/16, W/16)
         x5 = e.layer4(x4)  # (N, 512, H/32, W/32)
-        x = self.up1(x5, x4.shape[2:], x4)  # (N, 256, H/16, W/16)
-        x = self.up2(x, x3.shape[2:], x3)  # (N, 128, H/8, W/8)
-        x = self.up3(x, x2.shape[2:], x2)  # (N, 64, H/4, W/4)
-        x = self.up4(x, x1.shape[2:], x1)  # (N, 32, H/2, W/2)
-        x = self.up5(x, x0.shape[2:])  # (N, 16, H, W)
+        x = self.up1(join(x5, x4))  # (N, 256, H/16, W/16)
+        x = self.up2(join(x, x3))  # (N, 128, H/8, W/8)
+        x = self.up3(join(x, x2))  # (N, 64, H/4, W/4)
+        x = self.up4(join(x, x1))  # (N, 32, H/2, W/2)
+        x = self.up5(F.interpolate(x, size=x0.shape[2:]))  # (N, 16, H, W)
         return self.head(x)  # (N, C, H, W)
 
     @torch.inference_mode()
-    def logits(self, photo) -> Tensor:
-        """Logits (C, h, w) float32 of a photograph, at the scale of the network, on the CPU:
-        blended from overlapping windows as large as the training crops. (Larger ones would show the
-        deepest maps, then 2×2, less zero padding.)"""
-        pixels = shrink(upright(photo), self.scale)  # (3, h, w) uint8
+    def logits(self, image):
+        """Logits (C, h, w) float32 of a photograph at the scale of the network, on the CPU.
+
+        They are blended from overlapping windows as large as the training crops: in larger ones
+        the deepest layer would see less zero padding than it was trained with. Leaves the model in
+        evaluation mode.
+        """
+        pixels = shrink(upright(image), self.scale)  # (3, h, w) uint8
         _, h, w = pixels.shape
-        dy, dx = min(h, self.window), min(w, self.window)
-        hat_y, hat_x = (torch.bartlett_window(n + 2, periodic=False)[1:-1] for n in (dy, dx))
-        weight = hat_y[:, None] * hat_x  # (dy, dx)
-        logits, total = torch.zeros(self.head.out_channels, h, w), torch.zeros(h, w)
-        was_training = self.training
+        side = min(h, w, self.window)
+        hat = torch.bartlett_window(side + 2, periodic=False)[1:-1]  # (side,), high in the middle
+        weight = torch.outer(hat, hat)  # (side, side)
+        logits = torch.zeros(self.head.out_channels, h, w)
+        total = torch.zeros(h, w)
         self.eval()
-        columns = [slice(x, x + dx) for x in starts(w, dx)]
-        for rows in (slice(y, y + dy) for y in starts(h, dy)):
-            batch = torch.stack([pixels[:, rows, c] for c in columns])  # (N, 3, dy, dx) uint8
-            for c, z in zip(columns, self(batch.to(self.mean.device).float() / 255).cpu()):
-                logits[:, rows, c] += z * weight  # z (C, dy, dx)
-                total[rows, c] += weight
-        self.train(was_training)
+        columns = slices(w, side)
+        for rows in slices(h, side):
+            batch = torch.stack([pixels[:, rows, column] for column in columns])
+            batch = self(batch.to(self.mean.device)).float().cpu()  # (N, C, side, side)
+            for column, z in zip(columns, batch):
+                logits[:, rows, column] += z * weight
+                total[rows, column] += weight
         return logits.div_(total)
 
-    @torch.inference_mode()
-    def predict(self, photo) -> "numpy.ndarray":  # noqa: F821 (named, not imported)
-        """The class map (H, W) uint8 of a Pillow image or a path, of any size, at its own size."""
-        size, logits = upright(photo).size[::-1], self.logits(photo)  # (C, h, w)
-        best, class_map = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8)
-        for c, z in enumerate(logits):  # one class at a time: all would be gigabytes
-            z = F.interpolate(z[None, None], size=size, mode="bilinear")[0, 0]  # (H, W)
-            class_map[z > best] = c
-            torch.maximum(best, z, out=best)
-        return class_map.numpy()
+    def predict(self, image):
+        """Class map (H, W) of a Pillow image or a path: a uint8 array at its size, 255: transparent."""
+        photo = upright(image)
+        return classify(self.logits(photo), photo).numpy()
 
     @classmethod
-    def load(cls, path) -> "UNet":
-        """The trained model of a `checkpoint.pt` of train.py, on the CPU, ready to predict."""
+    def load(cls, path):
+        """The trained model of a checkpoint.pt of train.py, on the CPU, ready to predict."""
         checkpoint = read_checkpoint(path)
-        if "window" not in checkpoint:
-            raise ValueError(f"{path} is not a checkpoint of train.py")
-        model = cls(len(checkpoint["classes"]), weights=None)
+        if "settings" not in checkpoint:
+            raise UserError(f"{path} is not a checkpoint of this version of train.py")
+        model = cls(len(checkpoint["settings"]["classes"]), weights=None)
         model.load_state_dict(checkpoint["model"])
-        for name in ("classes", "palette", "scale", "window"):
-            setattr(model, name, checkpoint[name])
+        vars(model).update(checkpoint["settings"])
         return model.eval()
 
 
-def starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover `length` and overlap by a quarter or more."""
-    steps = -(-(length - window) // (window * 3 // 4))  # rounded up
-    return torch.linspace(0, length - window, steps + 1).round().int().tolist()
+def slices(length, side):
+    """Windows that cover `length` and overlap by a quarter or more."""
+    starts = [*range(0, length - side, side * 3 // 4), length - side]
+    return [slice(start, start + side) for start in starts]
 
 
-def upright(photo) -> Image.Image:
-    """A Pillow image or a path as a viewer shows it: RGB, turned by its EXIF orientation.
-    Raises ValueError for more than 8 bits a channel, which Pillow would clip or cut down."""
+def classify(logits, photo):
+    """Logits (C, h, w) → class map (H, W) uint8 at the size of the upright photograph."""
+    size = photo.size[::-1]  # (H, W)
+    best = torch.full(size, -torch.inf)
+    class_map = torch.zeros(size, dtype=torch.uint8)
+    for c, z in enumerate(logits):  # one class at a time: all at once would be gigabytes
+        z = F.interpolate(z[None, None], size=size, mode="bilinear")[0, 0]  # (H, W)
+        class_map[z > best] = c
+        torch.maximum(best, z, out=best)
+    class_map[transparent(photo)] = IGNORE_INDEX
+    return class_map
+
+
+def load_encoder(weights):
+    """torchvision's ResNet-34 without its classifier."""
     try:
-        image = photo if isinstance(photo, Image.Image) else Image.open(photo)
-    except (UnidentifiedImageError, AttributeError):
-        remedy = "of an array give Image.fromarray(…), of a TIFF's many bands three as 8-bit RGB"
-        raise ValueError(f"not an image that Pillow can read; {remedy}") from None
-    if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
-        raise ValueError("more than 8 bits a channel; save it as RGB with 8")
-    image = ImageOps.exif_transpose(image)  # (of a palette with transparency, Pillow would warn:)
-    return image if image.mode == "RGB" else image.convert("RGBA").convert("RGB")
-
-
-def shrink(image: Image.Image, scale: float) -> Tensor:
-    """RGB image (H, W) → (3, h, w) uint8, by training and `predict` alike; no side below 32."""
-    w, h = (max(32, round(side * scale)) for side in image.size)
-    return pil_to_tensor(image.resize((w, h), Image.Resampling.BILINEAR))
-
-
-def load_encoder(weights: str | None) -> nn.Module:
-    """torchvision's ResNet-34 without its classifier: random, of ImageNet, or out of a file."""
-    try:
-        encoder = resnet34(weights=IMAGENET if weights == "imagenet" else None)
+        encoder = resnet34(weights="IMAGENET1K_V1" if weights == "imagenet" else None)
         del encoder.avgpool, encoder.fc
         if weights not in (None, "imagenet"):
-            encoder.load_state_dict(find_resnet34(read_checkpoint(weights), encoder.state_dict()))
-        return encoder
-    except Exception as error:  # no file, no network, no room, other tensors
-        reason = " ".join(str(error).split())[:200]
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
-        remedy = f"that of ImageNet is fetched to {file}, --weights none needs none"
-        raise ValueError(f"no ResNet-34 in {weights} ({reason}); {remedy}") from error
+            tensors = read_checkpoint(weights)
+            for value in list(tensors.values()):  # they may lie one level down, behind a prefix
+                tensors |= value if isinstance(value, dict) else {}
+            last = "layer4.2.conv2.weight"
+            prefix = next((n.removesuffix(last) for n in tensors if str(n).endswith(last)), "")
+            names = [name for name in encoder.state_dict() if prefix + name in tensors]
+            encoder.load_state_dict({name: tensors[prefix + name] for name in names})
+    except Exception as error:  # no file, no network, no room, tensors of another size
+        raise UserError(
+            f"no ResNet-34 in {weights} ({reason(error)}); take --weights none, or put "
+            f"resnet34-b627a593.pth into {torch.hub.get_dir()}/checkpoints"
+        ) from error
+    return encoder
 
 
-def find_resnet34(tree: dict, names) -> dict:
-    """Its parameters in nested dictionaries, under whatever key and behind whatever prefix."""
-    last = "layer4.2.conv2.weight"
-    for prefix in (key.removesuffix(last) for key in map(str, tree) if key.endswith(last)):
-        return {name: tree[prefix + name] for name in names if prefix + name in tree}
-    inner = (find_resnet34(value, names) for value in tree.values() if isinstance(value, dict))
-    return next(filter(None, inner), {})
+# ---- Photographs, and other files ----
 
 
-def read_checkpoint(path) -> dict:
-    """`torch.load` that cannot run code hidden in the file, and names the file where it fails."""
+def upright(image):
+    """A Pillow image or a path as a viewer shows it, as RGBA. Its info says if it was turned."""
+    if not isinstance(image, Image.Image):
+        image = open_image(image)
+    orientation = image.getexif().get(274, 1)
+    photo = image.convert("RGBA")
+    # Of its EXIF keep the orientation alone: exif_transpose writes it anew and fails at odd tags.
+    photo.info = {}
+    photo.getexif()[274] = orientation
+    photo = ImageOps.exif_transpose(photo)
+    photo.info["turned"] = orientation not in (0, 1)
+    return photo
+
+
+def open_image(path) -> Image.Image:
+    """A decoded picture. Raises UserError for what Pillow cannot read or would clip."""
+    try:
+        image = Image.open(path)
+        deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+        image.load()
+        image.getexif()
+    except Exception as error:  # Pillow meets broken files with any kind of exception
+        raise UserError(
+            f"{path}: Pillow cannot read it ({reason(error)}); save it anew, as a PNG or as a TIFF "
+            "of three 8-bit bands"
+        ) from error
+    if deep:
+        raise UserError(f"{path}: more than 8 bits a channel; save it with 8")
+    return image
+
+
+def transparent(photo):
+    """Where an upright photograph shows nothing, as at an orthomosaic's border: (H, W) bool."""
+    return pil_to_tensor(photo)[3] == 0
+
+
+def shrink(photo, scale):
+    """(H, W) → (3, h, w) uint8, in training and in `predict` alike. No side falls below 32."""
+    w, h = (max(32, round(side * scale)) for side in photo.size)
+    return pil_to_tensor(photo.convert("RGB").resize((w, h), Image.BILINEAR))
+
+
+def read_checkpoint(path):
+    """`torch.load` that cannot run code hidden in the file. Raises UserError that names it."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load meets garbage with many kinds of exception
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"torch cannot read {path} ({reason.splitlines()[0]})") from error
+    except Exception as error:  # torch meets broken files with any kind of exception
+        raise UserError(f"{path}: torch cannot read it ({reason(error)})") from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="class maps of photographs, as palette PNG")
-    parser.add_argument("checkpoint", help="checkpoint.pt of a run")
-    parser.add_argument("photos", nargs="+", metavar="PHOTO")
-    parser.add_argument("--out", type=Path, default="maps", metavar="DIR", help="[maps]")
-    args = parser.parse_args()
-    failed = []
-    errors = OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write, which becomes `path` only once it is complete."""
+    partial = path.with_name(path.name + ".partial")
     try:
-        model = UNet.load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-        args.out.mkdir(parents=True, exist_ok=True)
-        for path in args.photos:
-            try:
-                class_map = Image.fromarray(model.predict(path))
-                class_map.putpalette([value for color in model.palette for value in color])
-                with open(args.out / f"{Path(path).stem}.png", "xb") as file:  # or refuse
-                    class_map.save(file, "PNG")
-                print(file.name)
-            except errors as error:  # which the other photos may not have
-                failed.append(f"error: {path}: {error}")
-    except (*errors, KeyboardInterrupt) as error:
-        failed.append(f"error: {str(error) or 'interrupted'}")
-    sys.exit("\n".join(failed) or None)
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:  # such as no space left
+        raise UserError(f"{path} was not written: {reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def reason(error):
+    """What a library's exception says, in one line."""
+    text = str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
+
+
+def pick_device(name):
+    """The device of that name, tried out. Without a name: CUDA, else MPS, else the CPU."""
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator(True) or "cpu")
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend has exceptions of its own
+        raise UserError(f"--device {name}: {reason(error)}; try --device cpu") from error
+    return device
+
+
+# ---- The command line: from photographs to maps that lie where the photographs do ----
+
+
+def geo_tags(path):
+    """The tags that say where a GeoTIFF lies. Any other file has none."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return {tag: image.tag_v2[tag] for tag in GEO_TAGS if tag in image.tag_v2}
+    return {}
+
+
+def world_file(path):
+    """The file beside a.jpg that says where it lies, such as a.jgw or a.wld. Or None."""
+    short = f"{path.suffix[:2]}{path.suffix[-1:]}w"
+    files = [path.with_suffix(suffix) for suffix in (short.lower(), short.upper(), ".wld")]
+    return next(filter(Path.is_file, files), None)
+
+
+def write_maps(model, path, target, confidence):
+    """Write the class map of a photograph and, if wanted, its confidence, as files that lie there."""
+    photo = upright(path)
+    logits = model.logits(photo)  # (C, h, w)
+    class_map = classify(logits, photo)  # (H, W)
+    pictures = {target: Image.fromarray(class_map.numpy())}
+    pictures[target].putpalette(model.palette)
+    if confidence:
+        sure = logits.softmax(0).amax(0) * 255  # (h, w)
+        sure = Image.fromarray(sure.byte().numpy()).resize(photo.size)
+        pictures[target.with_stem(f"{target.stem}_confidence")] = sure
+    tags, world = geo_tags(path), world_file(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        with whole_file(name) as file:
+            picture.save(file, "TIFF" if tags else "PNG", tiffinfo=tags)
+        if world and not tags and not photo.info["turned"]:
+            name.with_suffix(".pgw").write_bytes(world.read_bytes())
+    counts = class_map.flatten().bincount(minlength=256)[: len(logits)]  # (C,)
+    shares = [f" {name} {n / counts.sum():.1%}" for name, n in zip(model.classes, counts)]
+    print(target, *shares)
+
+
+def main():
+    parser = Parser(description="class maps of photographs")
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint.pt of a run")
+    add("photos", nargs="+", type=Path, help="photographs, or folders of them")
+    add("--out", type=Path, default="maps", help="folder of the maps [maps]")
+    add("--confidence", action="store_true", help="write how sure the network is, too")
+    add("--device", help="cuda, mps or cpu [the first there is]")
+    args = parser.parse_args()
+    model = UNet.load(args.checkpoint).to(pick_device(args.device))
+    photos = []
+    for path in args.photos:
+        below = sorted(path.rglob("[!.]*"))  # nothing, if it is a photograph itself
+        photos += [file for file in below if file.suffix.lower() in IMAGE_TYPES] or [path]
+    top = os.path.commonpath([path.absolute().parent for path in photos])
+    plan = {}
+    for path in photos:
+        target = args.out / path.absolute().relative_to(top)
+        target = target.with_suffix(".tif" if geo_tags(path) else ".png")
+        if target.exists() or target in plan:  # told before anything is computed
+            print(f"error: {path}: {target} exists", file=sys.stderr)
+        else:
+            plan[target] = path
+    written = 0
+    for target, path in plan.items():
+        try:
+            write_maps(model, path, target, args.confidence)
+            written += 1
+        except Exception as error:  # noqa: BLE001 (the other photographs may be without fault)
+            print(f"error: {path}: {reason(error)}", file=sys.stderr)
+    sys.exit(written < len(photos))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def run(command):
+    """Call it. A mistake of the user ends in one line, any other in a traceback."""
+    with contextlib.suppress(AttributeError):  # the stdout of a notebook cannot be reconfigured
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter prints a "?"
+    try:
+        command()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console that cannot show a name must not end it
-    main()
+    run(main)
