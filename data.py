@@ -178,8 +178,8 @@ def split(samples, pattern, clicked):
                 held_out.append(sample)
         if len(held_out) in (0, len(samples)):
             raise UserError(
-                f"--hold-out {pattern} matches {len(held_out)} of {len(samples)} images, which have "
-                f"names such as {samples[0].name}; some must be left to train on"
+                f"--hold-out {pattern} matches {len(held_out)} of {len(samples)} images, called "
+                f"{samples[0].name} and so on; some must match, and some be left to train on"
             )
     elif clicked:
         held_out = [sample for sample in samples if sample.mask and sample.clicks is None]
@@ -317,7 +317,7 @@ class Classes:
         found = Counter({f"#{v:06X}": n for v, n in zip(values, counts.tolist())})
         if stray.mean() > 0.1:
             raise UserError(
-                f"{path}: {stray.mean():.0%} of its pixels are of no class, {found.most_common(3)}; "
+                f"{path}: {stray.mean():.0%} of the pixels have no class, {found.most_common(3)}; "
                 "say what they are in a file for --classes, and save masks as PNG, not as JPEG"
             )
         # A few strays are told and left unlabelled: blurred edges, a rare class that was forgotten.

@@ -42,28 +42,27 @@ from unet import (
     whole_file,
 )
 
-EPOCH_PIXELS = 256**2  # an epoch draws as many pixels per image, in crops: 16 of 64×64
-MIN_STEPS = 10  # an epoch has at least as many, so that three images are trained on, too
+EPOCH_PIXELS = 256**2  # 16 crops of 64×64
+MIN_STEPS = 10  # so that three images are enough to train on
 GREY = (225, 225, 225)  # no label, transparent
 
 
 def main(args):
     device = pick_device(args.device)
     precision = "bfloat16" if is_fast_at_bfloat16(device) else "float32"
-    checkpoint = read_checkpoint(Path(args.resume, "checkpoint.pt")) if args.resume else {}
-    if args.resume and "names" not in checkpoint:
-        raise UserError(f"{args.resume}/checkpoint.pt is of another version of train.py")
-    # A folder that is taken is told now; it is claimed only once all else has been checked.
-    if not args.resume and args.out and os.path.exists(args.out) and os.listdir(args.out):
-        raise UserError(f"--out {args.out} is not empty; take another, or --resume it")
 
     # 1. The data: every photograph with its mask or its clicks. Some are held out.
     if args.resume:
+        checkpoint = read_checkpoint(Path(args.resume, "checkpoint.pt"))
+        if "names" not in checkpoint:
+            raise UserError(f"{args.resume}/checkpoint.pt is of another version of train.py")
         classes = data.Classes(checkpoint["rows"])
+    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+        raise UserError(f"--out {args.out} is not empty; take another, or --resume it")
     else:
         classes = data.read_classes(args.classes)
     samples = data.find_samples(data.find_dataset(args.data), args.masks)
-    if args.clicks:
+    if args.clicks:  # then no mask of a clicked image is ever looked at
         data.read_clicks(args.clicks, samples, classes)
     training, held_out = data.split(samples, args.hold_out, bool(args.clicks))
 
@@ -79,26 +78,27 @@ def main(args):
     # 3. The network.
     torch.manual_seed(args.seed)  # what is not pretrained is random
     weights = None if args.resume or args.weights == "none" else args.weights
-    model = UNet(len(classes.names), weights)
-    model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
+    model = UNet(len(classes.names), weights).to(device, memory_format=torch.channels_last)
     settings = {"classes": classes.names, "scale": args.scale, "window": args.size}
+    # Pillow wants the colours of all 256 values in one row.
     colors = classes.palette + [GREY] * (256 - len(classes.palette))
     settings["palette"] = [value for color in colors for value in color]
     vars(model).update(settings)  # what `predict` needs to know
 
     # 4. The crops. Every pixel is as likely to be in one, so that large images give more.
     areas = [sample.area for sample in training]
+    # In an epoch: as many as cover EPOCH_PIXELS per image, and MIN_STEPS batches at least.
     crops = max(len(training) * EPOCH_PIXELS // args.size**2, args.batch_size * MIN_STEPS)
-    dataset, sampler = data.Crops(training, args.size), WeightedRandomSampler(areas, crops)
+    sampler = WeightedRandomSampler(areas, crops)
     # A crop costs 29 µs. If a GPU has to wait for them, give the loader num_workers.
-    loader = DataLoader(dataset, args.batch_size, sampler=sampler)
+    loader = DataLoader(data.Crops(training, args.size), args.batch_size, sampler=sampler)
     steps = len(loader)  # in an epoch
 
     # 5. The optimiser. A pretrained encoder learns at a tenth of the decoder's rate.
-    encoder = list(model.encoder.parameters())
-    decoder = list(model.parameters())[len(encoder) :]
-    rates = [args.lr if args.weights == "none" else args.lr / 10, args.lr]
-    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": decoder}], fused=True)
+    decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": model.encoder.parameters()}, {"params": decoder}]
+    rates = [args.lr if args.weights == "none" else args.lr / 10, args.lr]  # at their peak
+    optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps * args.epochs)
 
     # 6. The folder of the run: a new one, or the one to go on in. Its checkpoint holds all that
@@ -120,8 +120,8 @@ def main(args):
         write(out / "clicks.csv", clicks)
         save_checkpoint(out, state, parts)
     describe(samples, training, held_out, classes)
-    where = f"on {device} in {precision}, {torch.get_num_threads()} threads"
-    print(f"training  {args.epochs} epochs of {steps} steps {where}")
+    machine = f"{device}, {precision}, {torch.get_num_threads()} threads"
+    print(f"training  {args.epochs} epochs of {steps} steps on {machine}")
 
     # 7. The loop. No checkpoint is selected: the last epoch's weights are the result.
     history = state["history"]  # a row of metrics.csv for every epoch
@@ -151,22 +151,17 @@ def main(args):
                     to_go = (args.epochs - epoch + 1) * steps - step
                     minutes = to_go * (time.time() - started) / step / 60
                     print(f"{progress}  {minutes:.1f} min left", end="\x1b[K\r")
-            seconds = round(time.time() - started, 1)
-            loss = round(total / crops, 6)  # the mean of the epoch
-            history.append({"epoch": epoch, "loss": loss, "seconds": seconds})
-            # Saved before the scoring, which may fail. The last time without the optimiser: two
-            # thirds of the bytes are for going on.
-            if epoch == args.epochs:
-                parts = {"model": model}
-            save_checkpoint(out, state, parts)
+            row = {"epoch": epoch, "loss": round(total / crops, 6)}  # the mean over its crops
+            history.append(row | {"seconds": round(time.time() - started, 1)})
+            # Saved before the scoring, which may fail; after the last epoch without the optimiser.
+            save_checkpoint(out, state, parts if epoch < args.epochs else {"model": model})
         scored = epoch % args.score_every == 0 or epoch == args.epochs
         scores = evaluate(model, held_out if scored else [], classes)
         history[-1] |= scores
         columns = ["epoch", "loss", "miou", "pixel_accuracy", "seconds", *scores]
         write(out / "metrics.csv", to_csv(dict.fromkeys(columns), history))  # each once
         score = "" if scores["miou"] is None else f"  mIoU {scores['miou']:.3f}"
-        epoch_loss = history[-1]["loss"]
-        print(f"epoch {epoch}/{args.epochs}  loss {epoch_loss:.4f}{score}", flush=True)
+        print(f"epoch {epoch}/{args.epochs}  loss {history[-1]['loss']:.4f}{score}", flush=True)
 
     # 8. The scores, and a picture of them.
     for name, score in scores.items():
@@ -184,13 +179,13 @@ def load(sample, classes, points, seed, scale, size):
         generator = torch.Generator().manual_seed(seed_for(seed, sample.name))
         count = mask.numel() if points == "all" else points
         sample.clicks = data.sample_points(mask, count, generator)  # (P, 3)
-    image = shrink(photo, scale)  # (3, h, w)
+    image = shrink(photo, scale)  # (3, h, w) uint8
     _, h, w = image.shape
-    labels = data.paint(sample.clicks, photo.size, (h, w))
+    labels = data.paint(sample.clicks, photo.size, (h, w))  # (h, w) uint8
     # Image and labels are stacked, so that crops and flips act on both alike. Where they are
     # smaller than a crop, they are padded with white that has no label.
     pixels = torch.cat([image, labels[None]])  # (4, h, w)
-    padding = (0, max(0, size - w), 0, max(0, size - h))
+    padding = (0, max(0, size - w), 0, max(0, size - h))  # right and below
     sample.pixels = F.pad(pixels, padding, value=IGNORE_INDEX)
     sample.area = h * w
     if points == "all":
@@ -222,9 +217,10 @@ def evaluate(model, held_out, classes):
         labels = truth(sample, photo, classes)  # (H, W)
         prediction = torch.from_numpy(model.predict(photo))  # (H, W)
         labelled = labels != IGNORE_INDEX  # (H, W)
+        # Each pair of truth and prediction has a number of its own. Count them.
         pairs = labels[labelled].long() * C + prediction[labelled]  # (P,)
         confusion += pairs.bincount(minlength=C * C).view(C, C)
-    hits = confusion.diag()  # (C,)
+    hits = confusion.diag()  # (C,) TP
     ious = hits / (confusion.sum(0) + confusion.sum(1) - hits)  # (C,), 0 / 0 = nan
     scores = {"miou": ious.nanmean(), "pixel_accuracy": hits.sum() / confusion.sum()}
     scores |= {f"iou_{name}": iou for name, iou in zip(classes.names, ious)}
@@ -237,7 +233,7 @@ def evaluate(model, held_out, classes):
 def draw_picture(path, model, classes, training, held_out):
     """Two training and three held-out images: image | clicks | prediction | ground truth."""
     size = (360, 300)  # of a picture, in a cell of 370×340
-    samples = training[:2] + held_out[:: len(held_out) // 3 or 1][:3]
+    samples = training[:2] + held_out[:: len(held_out) // 3 or 1][:3]  # of several folders
     legend = [*zip(classes.names, classes.palette), ("no label", GREY)]
     top = 65 + len(legend) // 4 * 28
     canvas = Image.new("RGB", (1480, top + len(samples) * 340), "white")
@@ -251,15 +247,17 @@ def draw_picture(path, model, classes, training, held_out):
     def in_color(class_map):
         picture = Image.fromarray(class_map)
         picture.putpalette(model.palette)
-        return ImageOps.contain(picture, size, Image.NEAREST).convert("RGB")
+        return ImageOps.contain(picture, size, Image.NEAREST).convert("RGB")  # no mixed colours
 
     for sample in samples:
         photo = upright(sample.image)
         small = ImageOps.contain(photo.convert("RGB"), size)
         cells = [small, None, in_color(model.predict(photo)), None]
+        # Clicks and masks only where they were used, to train on or to score with.
         if sample.clicks is not None:
             cells[1] = small.copy()
             for x, y, c in sample.clicks.tolist():
+                # The middle of the pixel, at the size of the small picture.
                 center = [(v + 0.5) * small.width / photo.width for v in (x, y)]
                 ImageDraw.Draw(cells[1]).circle(center, 5, classes.palette[c], "white", 2)
         if sample.mask:
@@ -278,11 +276,14 @@ def describe(samples, training, held_out, classes):
     """Print what the network is trained on, and what it cannot learn from that."""
     labels = torch.cat([sample.pixels[3].flatten() for sample in training])
     counts = labels.bincount(minlength=256)[: len(classes.names)].tolist()  # without IGNORE_INDEX
-    share = sum(counts) / sum(sample.area for sample in training)
+    area = sum(sample.area for sample in training)
     print(f"data      {len(training)} images to train on, {len(held_out)} held out to score")
-    print(f"labels    {sum(counts):,}, {share:.3%} of the pixels that the network sees")
+    print(
+        f"labels    {sum(counts):,}, {sum(counts) / area:.3%} of the pixels that the network sees"
+    )
     for name, count in zip(classes.names, counts):
         print(f"          {name:<20} {count / sum(counts):.1%}")
+    # What follows are notes, only where there is something to note.
     left_out = len(samples) - len(training) - len(held_out)
     if left_out:
         print(f"note      {left_out} images left out: no click, no mask, or no label in it")
@@ -310,6 +311,7 @@ def begin(args, device, precision):
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+    # Creating a file exclusively is the one step that two runs cannot both take.
     now = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         out = Path(args.out or (now if number == 1 else f"{now}_{number}"))
@@ -351,7 +353,7 @@ def to_csv(columns, rows):
 
 def is_fast_at_bfloat16(device):
     """Most CUDA devices are, and CPUs that have instructions for it."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # not where it is only emulated
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return able.get("amx_bf16") or able.get("avx512_bf16")
@@ -387,7 +389,7 @@ def parse_args(argv=None):
         parser.error("--demo brings its own images: no --data beside it")
     if args.clicks and args.points and not args.resume:
         parser.error("--clicks brings its own clicks: no --points beside it")
-    parser.set_defaults(points=100)
+    parser.set_defaults(points=100)  # only now: above it tells what was typed
     if args.demo:
         parser.set_defaults(data=f"{Path(__file__).resolve().parent}/docs/demo", weights="none")
     if args.resume:  # its own options are the defaults, and most of them must stay

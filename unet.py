@@ -30,7 +30,8 @@ from torchvision.models import resnet34
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
-IMAGE_TYPES = set(".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())  # noqa: SIM905
+TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
+IMAGE_TYPES = set(TYPES.split())
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: where it lies, in which system
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are welcome
 
@@ -127,7 +128,10 @@ class UNet(nn.Module):
         return logits.div_(total)
 
     def predict(self, image):
-        """Class map (H, W) of a Pillow image or a path: a uint8 array at its size, 255: transparent."""
+        """Class map (H, W) of a Pillow image or a path, a uint8 array at its size.
+
+        255 is where the photograph is transparent.
+        """
         photo = upright(image)
         return classify(self.logits(photo), photo).numpy()
 
@@ -284,7 +288,7 @@ def world_file(path):
 
 
 def write_maps(model, path, target, confidence):
-    """Write the class map of a photograph and, if wanted, its confidence, as files that lie there."""
+    """Write the class map of a photograph and, if wanted, how sure it is. They lie where it does."""
     photo = upright(path)
     logits = model.logits(photo)  # (C, h, w)
     class_map = classify(logits, photo)  # (H, W)
