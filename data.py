@@ -126,7 +126,8 @@ def find_samples(root, masks=None):
     """
     images = list_images(root)
     if not images:
-        raise UserError(f"no image in --data {root}: none of {' '.join(sorted(IMAGE_TYPES))}")
+        types = " ".join(sorted(IMAGE_TYPES))
+        raise UserError(f"no image in --data {root}: none of {types}")
     # Tell what lies among the photographs and is not read: it may be a type we do not know.
     others = []
     for folder in {path.parent for path in images}:
@@ -308,7 +309,7 @@ class Classes:
         """
         image = open_image(path)
         if image.size != photo.size:
-            raise UserError(f"{path}: {image.size} pixels, but its upright image has {photo.size}")
+            raise UserError(f"{path}: {image.size} pixels, its upright image {photo.size}")
         if self.by_number and (image.mode == "P" or image.mode == "1" and self.known[0x010101]):
             image = Image.fromarray(np.asarray(image).astype(np.uint8))  # indices, not colours
         color = np.asarray(image.convert("RGBA")).view(">u4")[..., 0] >> 8  # (H, W) 0xRRGGBB
@@ -414,7 +415,7 @@ def read_click(row, sample, photo, classes):
     # Clicks on a resized or turned copy would land anywhere.
     size = [row.get("width", ""), row.get("height", "")]
     if any(size) and tuple(map(float, size)) != photo.size:
-        raise UserError(f"made on {'×'.join(size)} pixels, {sample.name} has {W}×{H} upright")
+        raise UserError(f"made on {'×'.join(size)} pixels, {sample.name} has {W}×{H}")
     if "x" in row:
         x, y = float(row["x"]), float(row["y"])
     elif photo.info["turned"]:
@@ -449,7 +450,7 @@ def map_to_pixel(path, map_x, map_y):
         a, d, b, e, c, f = map(float, world.read_text().split())
         from_centre = True  # by definition
     else:
-        raise UserError(f"{path} has neither GeoTIFF tags nor a world file; give x, y in pixels")
+        raise UserError(f"{path} has no GeoTIFF tags and no world file; give x, y in pixels")
     x, y = np.linalg.solve([[a, b], [d, e]], [map_x - c, map_y - f])
     return x + from_centre / 2, y + from_centre / 2  # the centre of the first pixel is 0.5
 
@@ -485,7 +486,7 @@ def read_table(path, *headers):
     # QGIS adds X and Y beside one's own x and y. Which ones are meant?
     for name in header:
         if name and header.count(name) > 1:
-            raise UserError(f"{path}: two columns are called {name}, capitals or not; rename one")
+            raise UserError(f"{path}: two columns are called {name} or {name.upper()}")
     rows = []
     for line, cells in table:
         row = dict(zip(header, cells + [""] * len(header)))  # short rows are filled up

@@ -362,14 +362,12 @@ def is_fast_at_bfloat16(device):
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add, folder = parser.add_argument, os.path.abspath
-    add("--data", metavar="DIR", type=folder, help="your photographs [data, filled from Kaggle]")
+    add("--data", metavar="DIR", type=folder, help="your photographs [data, from Kaggle]")
     add("--masks", metavar="DIR", type=folder, help="their masks [masks for images]")
-    add("--hold-out", metavar="PATTERN", help="score, never train on [the last 2 of every folder]")
-    add(
-        "--classes", metavar="FILE", type=folder, help="CSV class,color of the masks [Dubai's five]"
-    )
-    add("--clicks", metavar="FILE", type=folder, help="CSV image,x,y,class: yours, not simulated")
-    add("--demo", action="store_true", help="--data docs/demo --weights none: synthetic scenes")
+    add("--hold-out", metavar="PATTERN", help="only score these [last 2 of each folder]")
+    add("--classes", metavar="FILE", type=folder, help="CSV class,color [Dubai's five]")
+    add("--clicks", metavar="FILE", type=folder, help="CSV image,x,y,class: your own")
+    add("--demo", action="store_true", help="synthetic scenes, --weights none")
     add("--points", type=count_or_all, help="simulated clicks per image, or all [100]")
     add("--epochs", type=at_least(1), default=5, help="[5]")
     add("--batch-size", type=at_least(1), default=32, help="crops per step [32]")
@@ -378,7 +376,7 @@ def parse_args(argv=None):
     add("--lr", type=at_least(1e-9), default=2e-3, help="peak of the cycle [0.002]")
     add("--gamma", type=at_least(0.0), default=2.0, help="focusing exponent [2]")
     add("--alpha", type=at_least(0.0), default=0.25, help="weight of the loss [0.25]")
-    add("--weights", default="imagenet", help="encoder: imagenet, none or a file [imagenet]")
+    add("--weights", default="imagenet", help="imagenet, none or a file [imagenet]")
     add("--score-every", type=at_least(1), default=1, help="epochs; the last always [1]")
     add("--seed", type=at_least(0), default=0, help="of every random draw [0]")
     add("--device", help="cuda, mps or cpu [the first there is]")

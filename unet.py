@@ -30,8 +30,9 @@ from torchvision.models import resnet34
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
-TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
-IMAGE_TYPES = set(TYPES.split())
+IMAGE_TYPES = set(
+    ".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
+)
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: where it lies, in which system
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are welcome
 
@@ -141,7 +142,7 @@ class UNet(nn.Module):
         checkpoint = read_checkpoint(path)
         if "settings" not in checkpoint:
             raise UserError(f"{path} is not a checkpoint of this version of train.py")
-        model = cls(len(checkpoint["settings"]["classes"]), weights=None)
+        model = cls(len(checkpoint["settings"]["classes"]), None)
         model.load_state_dict(checkpoint["model"])
         vars(model).update(checkpoint["settings"])
         return model.eval()
@@ -213,8 +214,8 @@ def open_image(path) -> Image.Image:
         image.getexif()
     except Exception as error:  # Pillow meets broken files with any kind of exception
         raise UserError(
-            f"{path}: Pillow cannot read it ({reason(error)}); save it anew, as a PNG or as a TIFF "
-            "of three 8-bit bands"
+            f"{path}: Pillow cannot read it ({reason(error)}); what it reads is a PNG, say, or a "
+            "TIFF of three 8-bit bands"
         ) from error
     if deep:
         raise UserError(f"{path}: more than 8 bits a channel; save it with 8")
@@ -288,7 +289,7 @@ def world_file(path):
 
 
 def write_maps(model, path, target, confidence):
-    """Write the class map of a photograph and, if wanted, how sure it is. They lie where it does."""
+    """Write the map of a photograph and, if wanted, how sure it is. They lie where it does."""
     photo = upright(path)
     logits = model.logits(photo)  # (C, h, w)
     class_map = classify(logits, photo)  # (H, W)
@@ -339,7 +340,8 @@ def main():
             write_maps(model, path, target, args.confidence)
             written += 1
         except Exception as error:  # noqa: BLE001 (the other photographs may be without fault)
-            print(f"error: {path}: {reason(error)}", file=sys.stderr)
+            told = reason(error)
+            print(f"error: {told if str(path) in told else f'{path}: {told}'}", file=sys.stderr)
     sys.exit(written < len(photos))
 
 
