@@ -126,8 +126,7 @@ def find_samples(root, masks=None):
     """
     images = list_images(root)
     if not images:
-        types = " ".join(sorted(IMAGE_TYPES))
-        raise UserError(f"no image in --data {root}: none of {types}")
+        raise UserError(f"no image in --data {root}, none of {', '.join(sorted(IMAGE_TYPES))}")
     # Tell what lies among the photographs and is not read: it may be a type we do not know.
     others = []
     for folder in {path.parent for path in images}:

@@ -100,8 +100,10 @@ def check_tensors(logits, target) -> None:
         raise ValueError(f"logits must be floats of shape (N, C, *spatial), got {got}")
     N, C, *spatial = logits.shape
     if C < 2:
-        hint = "the softmax of one is always 1; use binary_cross_entropy_with_logits"
-        raise ValueError(f"logits must have C >= 2, got {tuple(logits.shape)}: {hint}")
+        raise ValueError(
+            f"logits must have C >= 2, got {tuple(logits.shape)}: the softmax of one is always 1, "
+            "use binary_cross_entropy_with_logits"
+        )
     if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
         raise ValueError(f"target must hold integer class indices, got {target.dtype}")
     if target.shape != (N, *spatial):

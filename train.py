@@ -86,10 +86,9 @@ def main(args):
     vars(model).update(settings)  # what `predict` needs to know
 
     # 4. The crops. Every pixel is as likely to be in one, so that large images give more.
-    areas = [sample.area for sample in training]
     # In an epoch: as many as cover EPOCH_PIXELS per image, and MIN_STEPS batches at least.
     crops = max(len(training) * EPOCH_PIXELS // args.size**2, args.batch_size * MIN_STEPS)
-    sampler = WeightedRandomSampler(areas, crops)
+    sampler = WeightedRandomSampler([sample.area for sample in training], crops)
     # A crop costs 29 µs. If a GPU has to wait for them, give the loader num_workers.
     loader = DataLoader(data.Crops(training, args.size), args.batch_size, sampler=sampler)
     steps = len(loader)  # in an epoch
@@ -120,8 +119,10 @@ def main(args):
         write(out / "clicks.csv", clicks)
         save_checkpoint(out, state, parts)
     describe(samples, training, held_out, classes)
-    machine = f"{device}, {precision}, {torch.get_num_threads()} threads"
-    print(f"training  {args.epochs} epochs of {steps} steps on {machine}")
+    print(
+        f"training  {args.epochs} epochs of {steps} steps on {device} in {precision}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
     # 7. The loop. No checkpoint is selected: the last epoch's weights are the result.
     history = state["history"]  # a row of metrics.csv for every epoch
@@ -151,8 +152,9 @@ def main(args):
                     to_go = (args.epochs - epoch + 1) * steps - step
                     minutes = to_go * (time.time() - started) / step / 60
                     print(f"{progress}  {minutes:.1f} min left", end="\x1b[K\r")
-            row = {"epoch": epoch, "loss": round(total / crops, 6)}  # the mean over its crops
-            history.append(row | {"seconds": round(time.time() - started, 1)})
+            seconds = round(time.time() - started, 1)
+            loss = round(total / crops, 6)  # the mean over its crops
+            history.append({"epoch": epoch, "loss": loss, "seconds": seconds})
             # Saved before the scoring, which may fail; after the last epoch without the optimiser.
             save_checkpoint(out, state, parts if epoch < args.epochs else {"model": model})
         scored = epoch % args.score_every == 0 or epoch == args.epochs
@@ -235,7 +237,7 @@ def draw_picture(path, model, classes, training, held_out):
     size = (360, 300)  # of a picture, in a cell of 370×340
     samples = training[:2] + held_out[:: len(held_out) // 3 or 1][:3]  # of several folders
     legend = [*zip(classes.names, classes.palette), ("no label", GREY)]
-    top = 65 + len(legend) // 4 * 28
+    top = 45 + len(legend) // 4 * 28
     canvas = Image.new("RGB", (1480, top + len(samples) * 340), "white")
     pen = ImageDraw.Draw(canvas)
     pen.font = ImageFont.load_default(18)
@@ -262,11 +264,12 @@ def draw_picture(path, model, classes, training, held_out):
                 ImageDraw.Draw(cells[1]).circle(center, 5, classes.palette[c], "white", 2)
         if sample.mask:
             cells[3] = in_color(classes.read_mask(sample.mask, photo).numpy())
+        title = f"{'trained on' if sample in training else 'held out'}: {sample.name[-30:]}"
+        captions = (title, "clicks", "prediction", "ground truth")
         for column, cell in enumerate(cells):
             if cell:
                 canvas.paste(cell, (5 + column * 370, top))
-        title = f"{'trained on' if sample in training else 'held out'}: {sample.name}"
-        pen.text((5, top + 302), title, "black")
+                pen.text((5 + column * 370, top + 302), captions[column], "black")
         top += 340
     with whole_file(path) as file:
         canvas.save(file, "PNG")
