@@ -104,8 +104,9 @@ def check_tensors(logits, target) -> None:
             f"logits must have C >= 2, got {tuple(logits.shape)}: the softmax of one is always 1, "
             "use binary_cross_entropy_with_logits"
         )
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise ValueError(f"target must hold integer class indices, got {target.dtype}")
+    dtype = target.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"target must hold integer class indices, got {dtype}")
     if target.shape != (N, *spatial):
         raise ValueError(f"target must have shape {(N, *spatial)}, got {tuple(target.shape)}")
 
