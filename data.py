@@ -68,7 +68,7 @@ class Sample:
 
 def find_dataset(folder):
     """The folder of the photographs; without a name `data`, which is filled from Kaggle."""
-    root = Path(folder or "data")
+    root = Path(folder or "data").absolute()
     # A folder that was named and is empty is a mistake, and no reason to download anything.
     if folder is None and not list_images(root):
         fetch(root)
@@ -107,8 +107,8 @@ def list_images(root):
     # Short paths first, so that of two ways to an image the direct one is kept.
     for name in sorted(glob.glob("**/*.*", root_dir=root, recursive=True), key=len):
         path = root / name
-        if path.suffix.lower() not in IMAGE_TYPES or "/@" in f"/{name}":  # a NAS hides in @eaDir
-            continue
+        if path.suffix.lower() not in IMAGE_TYPES or "/@" in f"/{name}" or path.is_dir():
+            continue  # a NAS hides its own pictures in @eaDir
         # The predictions.png of a run is no photograph.
         of_run = path.with_name("config.json").exists() and path.with_name("metrics.csv").exists()
         if of_run and path.parent != root:
@@ -125,8 +125,6 @@ def find_samples(root, masks=None):
     `masks` if that is given, else with "masks" for "images", or in `masks/` beside the photograph.
     """
     images = list_images(root)
-    if not images:
-        raise UserError(f"no image in --data {root}, none of {', '.join(sorted(IMAGE_TYPES))}")
     # Tell what lies among the photographs and is not read: it may be a type we do not know.
     others = []
     for folder in {path.parent for path in images}:
@@ -150,6 +148,8 @@ def find_samples(root, masks=None):
         samples.append(Sample(path.relative_to(root).as_posix(), path, mask))
     for mask in mask_of.values():  # it harms nothing
         print(f"note      {mask} fits no image: a mask has its image's path and name")
+    if not samples:
+        raise UserError(f"no image in --data {root}, none of {', '.join(sorted(IMAGE_TYPES))}")
     return samples
 
 
@@ -292,7 +292,8 @@ class Classes:
             self.known[color] = True
             if name:
                 c = self.table[color] = len(self.names)
-                self.index[str(value if self.by_number else c)] = c
+                number = value if self.by_number else c
+                self.index |= {str(number): c, f"{number}.0": c}  # pandas writes 2.0 beside gaps
                 self.names.append(name)
                 # In a picture numbers need colours that can be told apart.
                 hue = f"hsv({c * 222 % 360},{100 - c % 3 * 30}%,{95 - c // 3 % 3 * 25}%)"
@@ -336,7 +337,7 @@ def read_classes(path):
     for line, row in read_table(path, "class,color", "name,r,g,b"):
         with at_line(path, line):
             name = row.get("class", row.get("name"))
-            color = row.get("color") or f"rgb({row['r']},{row['g']},{row['b']})"
+            color = row["color"] if "color" in row else f"rgb({row['r']},{row['g']},{row['b']})"
             value = int(color) if color.isdecimal() else ImageColor.getrgb(color)[:3]
             for other, its_value in rows:
                 if value == its_value or fold(name) == fold(other) and name:
@@ -424,7 +425,7 @@ def read_click(row, sample, photo, classes):
     # The pixel is the whole part. On the far edge it is the last one.
     if not (0 <= x <= W and 0 <= y <= H):
         raise UserError(f"({x:g}, {y:g}) is outside the {W}×{H} pixels of {sample.name}")
-    name = fold(row["class"]).removesuffix(".0")  # pandas writes numbers beside gaps as 2.0
+    name = fold(row["class"])
     if name not in classes.index:
         raise UserError(f"class {row['class']!r} is none of {', '.join(classes.names)}")
     return (min(int(y), H - 1), min(int(x), W - 1)), classes.index[name]
@@ -455,7 +456,7 @@ def map_to_pixel(path, map_x, map_y):
 
 
 def read_table(path, *headers):
-    """The rows of a CSV file that are not empty: (line as an editor counts it, value by column).
+    """Yield the rows of a CSV file that hold anything: (line in an editor, values by column).
 
     Comma, semicolon or tab; UTF-8 or UTF-16; capitals in the header make no difference. Raises
     UserError if it has the columns of no header, or if a row can be read in two ways.
@@ -467,7 +468,7 @@ def read_table(path, *headers):
         text = unicodedata.normalize("NFC", content.decode(encoding))
         first = text.partition("\n")[0]
         named = first.startswith("sep=")  # Excel writes the delimiter above the header
-        delimiter = first[4] if named else max(",;\t", key=first.count)
+        delimiter = first[4:5] or "," if named else max(",;\t", key=first.count)
         csv.field_size_limit(len(text) + 1)  # notes can be long
         reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True
@@ -486,7 +487,6 @@ def read_table(path, *headers):
     for name in header:
         if name and header.count(name) > 1:
             raise UserError(f"{path}: two columns are called {name} or {name.upper()}")
-    rows = []
     for line, cells in table:
         row = dict(zip(header, cells + [""] * len(header)))  # short rows are filled up
         if any(cells[len(header) :]):
@@ -497,5 +497,4 @@ def read_table(path, *headers):
                 raise UserError(f"{path}: line {line}: is the comma in {row[name]} decimal or not?")
             row[name] = row[name].replace(",", ".")
         if any(cells):
-            rows.append((line, row))
-    return rows
+            yield line, row

@@ -152,16 +152,15 @@ def main(args):
                     to_go = (args.epochs - epoch + 1) * steps - step
                     minutes = to_go * (time.time() - started) / step / 60
                     print(f"{progress}  {minutes:.1f} min left", end="\x1b[K\r")
-            seconds = round(time.time() - started, 1)
-            loss = round(total / crops, 6)  # the mean over its crops
-            history.append({"epoch": epoch, "loss": loss, "seconds": seconds})
+            row = {"epoch": epoch, "loss": round(total / crops, 6)}
+            row |= {"miou": None, "pixel_accuracy": None}  # not scored yet
+            history.append(row | {"seconds": round(time.time() - started, 1)})
             # Saved before the scoring, which may fail; after the last epoch without the optimiser.
             save_checkpoint(out, state, parts if epoch < args.epochs else {"model": model})
         scored = epoch % args.score_every == 0 or epoch == args.epochs
         scores = evaluate(model, held_out if scored else [], classes)
         history[-1] |= scores
-        columns = ["epoch", "loss", "miou", "pixel_accuracy", "seconds", *scores]
-        write(out / "metrics.csv", to_csv(dict.fromkeys(columns), history))  # each once
+        write(out / "metrics.csv", to_csv(history[-1], history))
         score = "" if scores["miou"] is None else f"  mIoU {scores['miou']:.3f}"
         print(f"epoch {epoch}/{args.epochs}  loss {history[-1]['loss']:.4f}{score}", flush=True)
 
@@ -404,7 +403,7 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         for name in own.keys() - {"data", "masks", "clicks"}:
             if getattr(args, name) != own[name]:
-                parser.error(f"--resume keeps --{name} {own[name]}; for another, start a new run")
+                parser.error(f"--resume keeps {name} = {own[name]}; to change it, start a new run")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -30,15 +29,13 @@ from torchvision.models import resnet34
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
-IMAGE_TYPES = set(
-    ".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
-)
+IMAGE_TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: where it lies, in which system
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are welcome
+Image.MAX_IMAGE_PIXELS = None  # orthomosaics are large
 
 
 class UserError(ValueError):
-    """A mistake of the user. The message names the file or the flag, and the remedy."""
+    """A user's mistake. The message names the file or the flag, and the remedy."""
 
 
 def double_conv(inputs, outputs):
@@ -62,15 +59,15 @@ def join(below, skip):
 class UNet(nn.Module):
     """ResNet-34 U-Net: image (N, 3, H, W) → logits (N, num_classes, H, W).
 
-    The image holds floats in [0, 1] or uint8 in 0 … 255. H and W are at least 32, and more than
-    that to train on a single image, since BatchNorm needs more than one value a channel.
-    weights: "imagenet" (fetched by torchvision), None (random), or the path of a file that holds a
-    ResNet-34. Raises UserError if they cannot be had.
+    The image holds floats in [0, 1] or uint8 in 0 … 255. H and W should be at least 32, and larger
+    to train with batch size 1, since BatchNorm needs more than one value per channel.
+    weights: "imagenet" (downloaded by torchvision), None (random), or the path of a file that holds
+    a ResNet-34. Raises UserError if they cannot be loaded.
     """
 
     def __init__(self, num_classes, weights="imagenet"):
         super().__init__()
-        # As buffers, mean and std of ImageNet cannot be forgotten by whoever calls the model.
+        # As buffers they move with the model, and no caller can forget to normalise.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.encoder = load_encoder(weights)
@@ -80,11 +77,11 @@ class UNet(nn.Module):
         self.up4 = double_conv(64 + 64, 32)
         self.up5 = double_conv(32, 16)
         self.head = nn.Conv2d(16, num_classes, 1)
-        # What `predict` needs beside the parameters. train.py sets it and saves it with them.
-        self.classes = []  # their names
-        self.palette = []  # their colours and, up to 255, grey: R, G, B, R, G, B, … for Pillow
-        self.scale = 1.0  # photographs are resized by this before they enter the network
-        self.window = 64  # side of the windows that they are predicted in, after resizing
+        # What `predict` needs besides the parameters. train.py sets and saves it.
+        self.classes = []  # names
+        self.palette = []  # 256 colours as Pillow wants them, R, G, B, R, …; unused ones are grey
+        self.scale = 1.0  # photographs are resized by this factor first
+        self.window = 64  # side of the prediction windows, as of the training crops
 
     def forward(self, image):
         if image.dtype == torch.uint8:
@@ -105,10 +102,10 @@ class UNet(nn.Module):
 
     @torch.inference_mode()
     def logits(self, image):
-        """Logits (C, h, w) float32 of a photograph at the scale of the network, on the CPU.
+        """Logits (C, h, w) of a whole photograph at `self.scale`, float32, on the CPU.
 
-        They are blended from overlapping windows as large as the training crops: in larger ones
-        the deepest layer would see less zero padding than it was trained with. Leaves the model in
+        They are blended from overlapping windows of the size of the training crops. In larger ones
+        the deepest layer would see less zero padding than in training. Leaves the model in
         evaluation mode.
         """
         pixels = shrink(upright(image), self.scale)  # (3, h, w) uint8
@@ -129,27 +126,27 @@ class UNet(nn.Module):
         return logits.div_(total)
 
     def predict(self, image):
-        """Class map (H, W) of a Pillow image or a path, a uint8 array at its size.
+        """Class map (H, W), a uint8 array, of a Pillow image or of the path of one.
 
-        255 is where the photograph is transparent.
+        It is 255 where the photograph is transparent.
         """
         photo = upright(image)
         return classify(self.logits(photo), photo).numpy()
 
     @classmethod
     def load(cls, path):
-        """The trained model of a checkpoint.pt of train.py, on the CPU, ready to predict."""
+        """Load a checkpoint.pt written by train.py, on the CPU, ready to predict."""
         checkpoint = read_checkpoint(path)
         if "settings" not in checkpoint:
             raise UserError(f"{path} is not a checkpoint of this version of train.py")
         model = cls(len(checkpoint["settings"]["classes"]), None)
         model.load_state_dict(checkpoint["model"])
-        vars(model).update(checkpoint["settings"])
+        vars(model).update(checkpoint["settings"])  # plain attributes, not in the state_dict
         return model.eval()
 
 
 def slices(length, side):
-    """Windows that cover `length` and overlap by a quarter or more."""
+    """Windows that cover `length` and overlap by at least a quarter."""
     starts = [*range(0, length - side, side * 3 // 4), length - side]
     return [slice(start, start + side) for start in starts]
 
@@ -178,7 +175,7 @@ def load_encoder(weights):
                 tensors |= value if isinstance(value, dict) else {}
             last = "layer4.2.conv2.weight"
             prefix = next((n.removesuffix(last) for n in tensors if str(n).endswith(last)), "")
-            names = [name for name in encoder.state_dict() if prefix + name in tensors]
+            names = (name for name in encoder.state_dict() if prefix + name in tensors)
             encoder.load_state_dict({name: tensors[prefix + name] for name in names})
     except Exception as error:  # no file, no network, no room, tensors of another size
         raise UserError(
@@ -192,12 +189,12 @@ def load_encoder(weights):
 
 
 def upright(image):
-    """A Pillow image or a path as a viewer shows it, as RGBA. Its info says if it was turned."""
+    """A Pillow image or a path as RGBA, rotated as a viewer shows it; info["turned"] says if so."""
     if not isinstance(image, Image.Image):
         image = open_image(image)
     orientation = image.getexif().get(274, 1)
     photo = image.convert("RGBA")
-    # Of its EXIF keep the orientation alone: exif_transpose writes it anew and fails at odd tags.
+    # Keep only the EXIF orientation: exif_transpose rewrites all tags, and fails on odd ones.
     photo.info = {}
     photo.getexif()[274] = orientation
     photo = ImageOps.exif_transpose(photo)
@@ -206,13 +203,14 @@ def upright(image):
 
 
 def open_image(path) -> Image.Image:
-    """A decoded picture. Raises UserError for what Pillow cannot read or would clip."""
+    """Open and decode. Raises UserError for what Pillow cannot read or would clip to 8 bits."""
     try:
         image = Image.open(path)
+        # ;16 is RGB of 16 bits, of which Pillow silently keeps 8.
         deep = image.mode[0] in "IF" or ";16" in str(image.tile)
         image.load()
         image.getexif()
-    except Exception as error:  # Pillow meets broken files with any kind of exception
+    except Exception as error:  # broken files raise exceptions of any type
         raise UserError(
             f"{path}: Pillow cannot read it ({reason(error)}); what it reads is a PNG, say, or a "
             "TIFF of three 8-bit bands"
@@ -234,16 +232,16 @@ def shrink(photo, scale):
 
 
 def read_checkpoint(path):
-    """`torch.load` that cannot run code hidden in the file. Raises UserError that names it."""
+    """`torch.load` that runs no code hidden in the file. Raises UserError that names the file."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch meets broken files with any kind of exception
+    except Exception as error:  # broken files raise exceptions of any type
         raise UserError(f"{path}: torch cannot read it ({reason(error)})") from error
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write, which becomes `path` only once it is complete."""
+    """Write a binary file that appears as `path` only once it is complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -256,13 +254,13 @@ def whole_file(path):
 
 
 def reason(error):
-    """What a library's exception says, in one line."""
+    """The message of a library's exception, in one line."""
     text = str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
+    return text.splitlines()[0][:200]
 
 
 def pick_device(name):
-    """The device of that name, tried out. Without a name: CUDA, else MPS, else the CPU."""
+    """The named device, after trying it. Without a name: CUDA, else MPS, else the CPU."""
     try:
         device = torch.device(name or torch.accelerator.current_accelerator(True) or "cpu")
         torch.ones(1, device=device).item()
@@ -271,25 +269,42 @@ def pick_device(name):
     return device
 
 
-# ---- The command line: from photographs to maps that lie where the photographs do ----
+# ---- The command line: from photographs to georeferenced maps ----
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def run(command):
+    """Call it. A user's mistake ends in one line, a bug in a traceback."""
+    with contextlib.suppress(AttributeError):  # the stdout of a notebook cannot be reconfigured
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter prints a "?"
+    try:
+        command()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
 
 
 def geo_tags(path):
-    """The tags that say where a GeoTIFF lies. Any other file has none."""
+    """The georeferencing tags of a GeoTIFF; {} for any other file."""
     with contextlib.suppress(Exception), Image.open(path) as image:
         return {tag: image.tag_v2[tag] for tag in GEO_TAGS if tag in image.tag_v2}
     return {}
 
 
 def world_file(path):
-    """The file beside a.jpg that says where it lies, such as a.jgw or a.wld. Or None."""
-    short = f"{path.suffix[:2]}{path.suffix[-1:]}w"
+    """The world file beside a.jpg, such as a.jgw or a.wld, or None."""
+    short = f"{path.suffix[:2]}{path.suffix[-1:]}w"  # .jpg → .jgw
     files = [path.with_suffix(suffix) for suffix in (short.lower(), short.upper(), ".wld")]
     return next(filter(Path.is_file, files), None)
 
 
 def write_maps(model, path, target, confidence):
-    """Write the map of a photograph and, if wanted, how sure it is. They lie where it does."""
+    """Write the class map and, if wanted, the confidence, georeferenced as the photograph is."""
     photo = upright(path)
     logits = model.logits(photo)  # (C, h, w)
     class_map = classify(logits, photo)  # (H, W)
@@ -317,20 +332,20 @@ def main():
     add("checkpoint", help="checkpoint.pt of a run")
     add("photos", nargs="+", type=Path, help="photographs, or folders of them")
     add("--out", type=Path, default="maps", help="folder of the maps [maps]")
-    add("--confidence", action="store_true", help="write how sure the network is, too")
+    add("--confidence", action="store_true", help="also write the largest probability, 0 to 255")
     add("--device", help="cuda, mps or cpu [the first there is]")
     args = parser.parse_args()
     model = UNet.load(args.checkpoint).to(pick_device(args.device))
     photos = []
     for path in args.photos:
-        below = sorted(path.rglob("[!.]*"))  # nothing, if it is a photograph itself
+        below = [file for file in sorted(path.rglob("[!.]*")) if args.out not in file.parents]
         photos += [file for file in below if file.suffix.lower() in IMAGE_TYPES] or [path]
     top = os.path.commonpath([path.absolute().parent for path in photos])
     plan = {}
     for path in photos:
         target = args.out / path.absolute().relative_to(top)
         target = target.with_suffix(".tif" if geo_tags(path) else ".png")
-        if target.exists() or target in plan:  # told before anything is computed
+        if target.exists() or target in plan:  # before anything is computed
             print(f"error: {path}: {target} exists", file=sys.stderr)
         else:
             plan[target] = path
@@ -339,27 +354,10 @@ def main():
         try:
             write_maps(model, path, target, args.confidence)
             written += 1
-        except Exception as error:  # noqa: BLE001 (the other photographs may be without fault)
+        except Exception as error:  # noqa: BLE001 (the others may be fine)
             told = reason(error)
             print(f"error: {told if str(path) in told else f'{path}: {told}'}", file=sys.stderr)
-    sys.exit(written < len(photos))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def run(command):
-    """Call it. A mistake of the user ends in one line, any other in a traceback."""
-    with contextlib.suppress(AttributeError):  # the stdout of a notebook cannot be reconfigured
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter prints a "?"
-    try:
-        command()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
+    sys.exit(written < len(photos))  # 1 if any is missing
 
 
 if __name__ == "__main__":
