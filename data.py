@@ -1,4 +1,4 @@
-"""The data: find or fetch it, split it, click on it, cut training crops from it.
+"""The data: find or download it, split it, click on it, cut training crops from it.
 
     find_samples ─► split ─► training: photograph + clicks ─► pixels (4, h, w) ─► Crops ─► batches
                       │                            ▲
@@ -13,8 +13,8 @@ Centre, CC0: 72 satellite images of Dubai, `Tile 1..8/images/image_part_001..009
 A *label map* is an integer tensor (H, W): the class where labelled, IGNORE_INDEX elsewhere.
 Letters in shapes: H, W original size; h, w size after scaling; S side of a training crop.
 
-The first half is the method. The second half is for people with data of their own: what the colours
-of masks mean, and how clicks are read from a file.
+The method comes first: split, click, crop. Then come the files: where the photographs are, what the
+colours of masks mean, and how clicks are read from a table.
 """
 
 import contextlib
@@ -54,6 +54,9 @@ FOLDER = "Semantic segmentation dataset"  # what the archive unzips to
 NUMBERS = {"x", "y", "map_x", "map_y", "width", "height"}  # columns of a file of clicks
 
 
+# ---- The method: split, click, crop ----
+
+
 @dataclass(eq=False)
 class Sample:
     """One photograph and what is known about it."""
@@ -66,10 +69,119 @@ class Sample:
     area: int = 0  # h · w without that padding
 
 
+def split(samples, pattern, clicked):
+    """(training, held-out) samples. With own clicks, images without any label are in neither.
+
+    Held out are the images that match `pattern`: a path, a folder or a glob. Without one: those
+    with a mask but no clicks or, if nothing was clicked, the last two of every folder.
+    """
+    if pattern:
+        folder = pattern.removesuffix("*").rstrip("/")  # compared literally: "[2021]" is a name
+        held_out = []
+        for sample in samples:
+            inside = sample.name == folder or sample.name.startswith(f"{folder}/")
+            if inside or fnmatch.fnmatchcase(sample.name, pattern):
+                held_out.append(sample)
+        if len(held_out) in (0, len(samples)):
+            raise UserError(
+                f"--hold-out {pattern} matches {len(held_out)} of {len(samples)} images, such as "
+                f"{samples[0].name}; it must match some, and leave some to train on"
+            )
+    elif clicked:
+        held_out = [sample for sample in samples if sample.mask and sample.clicks is None]
+    else:
+        held_out, folders = [], defaultdict(list)
+        for sample in samples:
+            folders[sample.image.parent].append(sample)
+        for folder in folders.values():
+            held_out += folder[1:][-2:]  # never the first: something must be left to train on
+
+    training = [sample for sample in samples if sample not in held_out]
+    if clicked:
+        training = [sample for sample in training if sample.clicks is not None]
+        held_out = [sample for sample in held_out if sample.mask or sample.clicks is not None]
+    for sample in training + held_out:
+        if not sample.mask and sample.clicks is None:
+            raise UserError(
+                f"{sample.image} has no mask; expected at the same path with masks for images, or "
+                "below --masks DIR. Or click on it and give --clicks FILE"
+            )
+    # Drop what is not used, so that nobody can use it by mistake later.
+    for sample in training:
+        if sample.clicks is not None:
+            sample.mask = None
+    for sample in held_out:
+        if sample.mask:
+            sample.clicks = None
+    return training, held_out
+
+
+def sample_points(mask, n, generator=None):
+    """The simulated annotator: n labelled pixels of a label map (H, W) as clicks (n, 3).
+
+    Every set of n is equally likely. If fewer than n are labelled, all of them. In row order.
+    (Bearman et al. 2016, arXiv:1506.02106, click on objects. Here no objects are needed.)
+    """
+    y, x = (mask != IGNORE_INDEX).nonzero(as_tuple=True)  # (M,) each
+    chosen = torch.randperm(len(y), generator=generator)[:n].sort().values  # (n,)
+    y, x = y[chosen], x[chosen]
+    return torch.stack([x, y, mask[y, x].long()], dim=1)
+
+
+def paint(clicks, size, shape):
+    """Clicks (P, 3) on a photograph of size (W, H) → label map (h, w) uint8.
+
+    Each goes to the cell that covers its pixel. If two share a cell, the later one wins. Resizing a
+    label map like an image would lose three of four clicks at scale 0.5, or move them.
+    """
+    (W, H), (h, w) = size, shape
+    x, y, c = clicks.numpy().T  # (P,) each; NumPy promises that the last of equal indices wins
+    label_map = np.full((h, w), IGNORE_INDEX, np.uint8)
+    # The centre of the pixel, (x + 0.5) · w / W, in whole numbers.
+    label_map[(2 * y + 1) * h // (2 * H), (2 * x + 1) * w // (2 * W)] = c
+    return torch.from_numpy(label_map)
+
+
+class Crops(torch.utils.data.Dataset):
+    """Item i is a square around a random label of image i, rotated and flipped: (4, S, S) uint8."""
+
+    def __init__(self, samples, size):
+        self.size = size
+        self.pixels = [sample.pixels for sample in samples]
+        self.labelled = []  # where the labels of each image are: y · w + x, (L,)
+        for pixels in self.pixels:
+            where = (pixels[3].flatten() != IGNORE_INDEX).nonzero()[:, 0]
+            self.labelled.append(where.int())  # half of int64, which matters for dense masks
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        S, pixels, labelled = self.size, self.pixels[i], self.labelled[i]
+        _, h, w = pixels.shape
+        # Pick a label, so that no crop is empty, then a window that contains it.
+        y, x = divmod(int(labelled[draw(0, len(labelled) - 1)]), w)
+        top = draw(max(0, y - S + 1), min(y, h - S))
+        left = draw(max(0, x - S + 1), min(x, w - S))
+        crop = pixels[:, top : top + S, left : left + S]  # (4, S, S)
+        # Augmentation: seen from above, no direction is special. (Colours would be crop[:3].)
+        if draw(0, 1):
+            crop = crop.flip(2)
+        return crop.rot90(draw(0, 3), (1, 2))
+
+
+def draw(low, high):
+    """A random whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+# ---- Finding the photographs and their masks ----
+
+
 def find_dataset(folder):
-    """The folder of the photographs; without a name `data`, which is filled from Kaggle."""
+    """The folder of the photographs; by default `data`, filled from Kaggle if it is empty."""
     root = Path(folder or "data").absolute()
-    # A folder that was named and is empty is a mistake, and no reason to download anything.
+    # An empty folder that the user named is a mistake: nothing is downloaded into it.
     if folder is None and not list_images(root):
         fetch(root)
     inner = root / FOLDER
@@ -102,9 +214,9 @@ def fetch(root):
 
 
 def list_images(root):
-    """Every image below a folder, links followed, except those hidden or in the folder of a run."""
+    """All images below a folder, following links; not hidden ones, not those of a run."""
     images = {}  # by their real path: a link can lead back up
-    # Short paths first, so that of two ways to an image the direct one is kept.
+    # Short paths first: of two paths to an image, the more direct one is kept.
     for name in sorted(glob.glob("**/*.*", root_dir=root, recursive=True), key=len):
         path = root / name
         if path.suffix.lower() not in IMAGE_TYPES or "/@" in f"/{name}" or path.is_dir():
@@ -125,14 +237,14 @@ def find_samples(root, masks=None):
     `masks` if that is given, else with "masks" for "images", or in `masks/` beside the photograph.
     """
     images = list_images(root)
-    # Tell what lies among the photographs and is not read: it may be a type we do not know.
+    # Name what is skipped: it may be of a type that is not in IMAGE_TYPES.
     others = []
     for folder in {path.parent for path in images}:
         others += [f for f in folder.glob("[!.]*.*") if f.suffix.lower() not in IMAGE_TYPES]
     if others:
         print(f"note      passed over {len(others)} other files, such as {min(others)}")
 
-    # Masks first: what is left are photographs.
+    # Masks first; the rest are photographs.
     mask_of = {}  # pair_key: mask
     for path in list_images(Path(masks)) if masks else images:
         if masks or "masks" in fold(path.relative_to(root).parent):
@@ -146,7 +258,7 @@ def find_samples(root, masks=None):
         beside = path.parent / "masks" / path.name
         mask = mask_of.pop(pair_key(path, root), None) or mask_of.pop(pair_key(beside, root), None)
         samples.append(Sample(path.relative_to(root).as_posix(), path, mask))
-    for mask in mask_of.values():  # it harms nothing
+    for mask in mask_of.values():  # harmless
         print(f"note      {mask} fits no image: a mask has its image's path and name")
     if not samples:
         raise UserError(f"no image in --data {root}, none of {', '.join(sorted(IMAGE_TYPES))}")
@@ -154,126 +266,20 @@ def find_samples(root, masks=None):
 
 
 def pair_key(path, folder):
-    """What the paths of a photograph and of its mask have in common."""
+    """The same key for a photograph and its mask."""
     return fold(path.relative_to(folder).with_suffix("")).replace("masks", "images")
 
 
 def fold(path):
-    """A path or a name to compare: capitals, and the two ways to write é, make no difference."""
+    """A path or name to compare, without case and the two Unicode spellings of é."""
     return unicodedata.normalize("NFC", Path(path).as_posix()).lower()
-
-
-def split(samples, pattern, clicked):
-    """(training, held-out) samples. Of what was clicked, those in neither have no click or mask.
-
-    Held out are the images that match `pattern`, a path, a folder or a pattern of names. Without
-    one: those with a mask and no click, or the last two of every folder if nothing was clicked.
-    """
-    if pattern:
-        folder = pattern.removesuffix("*").rstrip("/")  # as it stands: "[2021]" is no pattern here
-        held_out = []
-        for sample in samples:
-            inside = sample.name == folder or sample.name.startswith(f"{folder}/")
-            if inside or fnmatch.fnmatchcase(sample.name, pattern):
-                held_out.append(sample)
-        if len(held_out) in (0, len(samples)):
-            raise UserError(
-                f"--hold-out {pattern} matches {len(held_out)} of {len(samples)} images, called "
-                f"{samples[0].name} and so on; some must match, and some be left to train on"
-            )
-    elif clicked:
-        held_out = [sample for sample in samples if sample.mask and sample.clicks is None]
-    else:
-        held_out, folders = [], defaultdict(list)
-        for sample in samples:
-            folders[sample.image.parent].append(sample)
-        for folder in folders.values():
-            held_out += folder[1:][-2:]  # never the first: something must be left to train on
-
-    training = [sample for sample in samples if sample not in held_out]
-    if clicked:
-        training = [sample for sample in training if sample.clicks is not None]
-        held_out = [sample for sample in held_out if sample.mask or sample.clicks is not None]
-    for sample in training + held_out:
-        if not sample.mask and sample.clicks is None:
-            raise UserError(
-                f"{sample.image} has no mask of its own: that has the same path with masks for "
-                "images, or below --masks DIR; or click on it and give --clicks FILE"
-            )
-    # From here on a sample has what is used of it, and nothing else.
-    for sample in training:
-        if sample.clicks is not None:
-            sample.mask = None
-    for sample in held_out:
-        if sample.mask:
-            sample.clicks = None
-    return training, held_out
-
-
-def sample_points(mask, n, generator=None):
-    """The simulated annotator: n labelled pixels of a label map (H, W) as clicks (n, 3).
-
-    Every set of n pixels is equally likely; all of them if there are fewer. They come in row order.
-    (Bearman et al. 2016, arXiv:1506.02106, click on objects. Here no object needs to be known.)
-    """
-    y, x = (mask != IGNORE_INDEX).nonzero(as_tuple=True)  # (M,) each
-    chosen = torch.randperm(len(y), generator=generator)[:n].sort().values  # (n,)
-    y, x = y[chosen], x[chosen]
-    return torch.stack([x, y, mask[y, x].long()], dim=1)
-
-
-def paint(clicks, size, shape):
-    """Clicks (P, 3) on a photograph of size (W, H) → label map (h, w) uint8.
-
-    Each goes to the cell that covers its pixel. If two share a cell, the later one wins. Resizing a
-    label map as one resizes a picture would lose three of four clicks at scale 0.5, or move them.
-    """
-    (W, H), (h, w) = size, shape
-    x, y, c = clicks.numpy().T  # (P,) each; NumPy promises that the last of equal indices wins
-    label_map = np.full((h, w), IGNORE_INDEX, np.uint8)
-    # The centre of the pixel, (x + 0.5) · w / W, in whole numbers.
-    label_map[(2 * y + 1) * h // (2 * H), (2 * x + 1) * w // (2 * W)] = c
-    return torch.from_numpy(label_map)
-
-
-class Crops(torch.utils.data.Dataset):
-    """Item i is a square around a random label of image i, turned and mirrored: (4, S, S) uint8."""
-
-    def __init__(self, samples, size):
-        self.size = size
-        self.pixels = [sample.pixels for sample in samples]
-        self.labelled = []  # where the labels of each image are: y · w + x, (L,)
-        for pixels in self.pixels:
-            where = (pixels[3].flatten() != IGNORE_INDEX).nonzero()[:, 0]
-            self.labelled.append(where.int())  # half the memory, which counts with dense masks
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        S, pixels, labelled = self.size, self.pixels[i], self.labelled[i]
-        _, h, w = pixels.shape
-        # One label, so that no crop is without any, and one of the windows that hold it.
-        y, x = divmod(int(labelled[draw(0, len(labelled) - 1)]), w)
-        top = draw(max(0, y - S + 1), min(y, h - S))
-        left = draw(max(0, x - S + 1), min(x, w - S))
-        crop = pixels[:, top : top + S, left : left + S]  # (4, S, S)
-        # Augmentation: seen from above, no direction is special. (Colours would be crop[:3].)
-        if draw(0, 1):
-            crop = crop.flip(2)
-        return crop.rot90(draw(0, 3), (1, 2))
-
-
-def draw(low, high):
-    """A random whole number from low to high, both included."""
-    return int(torch.randint(low, high + 1, ()))
 
 
 # ---- Data of your own: what masks hold, and clicks from a file ----
 
 
 class Classes:
-    """What stands for which class in masks: rows of (name, RGB colour or number).
+    """Maps mask values to classes, by rows of (name, RGB colour or number).
 
     A row without a name means no label. Colours without a row are counted in `strays`.
     """
@@ -295,23 +301,24 @@ class Classes:
                 number = value if self.by_number else c
                 self.index |= {str(number): c, f"{number}.0": c}  # pandas writes 2.0 beside gaps
                 self.names.append(name)
-                # In a picture numbers need colours that can be told apart.
+                # Numbered classes need distinct colours in pictures.
                 hue = f"hsv({c * 222 % 360},{100 - c % 3 * 30}%,{95 - c // 3 % 3 * 25}%)"
                 self.palette.append(ImageColor.getrgb(hue) if self.by_number else value)
-        # Names last: a class that is called "2" is meant before the class of number 2.
+        # Names last: they win over numbers, so "2" is the class with the name 2.
         self.index |= {fold(name): c for c, name in enumerate(self.names)}
 
     def read_mask(self, path, photo):
         """A mask as label map (H, W) uint8, without a label where the photograph is transparent.
 
-        Raises UserError if it has not the size of the upright photograph, or if over a tenth of its
-        pixels have a colour without a row.
+        Raises UserError if its size differs from the upright photograph's, or if over a tenth of
+        its pixels have an unknown colour.
         """
         image = open_image(path)
         if image.size != photo.size:
             raise UserError(f"{path}: {image.size} pixels, its upright image {photo.size}")
         if self.by_number and (image.mode == "P" or image.mode == "1" and self.known[0x010101]):
             image = Image.fromarray(np.asarray(image).astype(np.uint8))  # indices, not colours
+        # RGBA as one big-endian number, without its A.
         color = np.asarray(image.convert("RGBA")).view(">u4")[..., 0] >> 8  # (H, W) 0xRRGGBB
         stray = ~self.known[color]  # (H, W) bool
         values, counts = np.unique(color[stray], return_counts=True)
@@ -321,7 +328,7 @@ class Classes:
                 f"{path}: {stray.mean():.0%} of the pixels have no class, {found.most_common(3)}; "
                 "say what they are in a file for --classes, and save masks as PNG, not as JPEG"
             )
-        # A few strays are told and left unlabelled: blurred edges, a rare class that was forgotten.
+        # A few strays (blurred edges, a forgotten class) are reported and left unlabelled.
         self.strays += found
         self.turned += photo.info["turned"]
         label_map = torch.from_numpy(self.table[color])  # (H, W)
@@ -345,7 +352,7 @@ def read_classes(path):
             if np.max(value) > 255:
                 raise UserError(f"{color} is above 255")
             rows.append((name, value))
-    # Half a file of colours and half of numbers has no meaning.
+    # Colours and numbers cannot be mixed in one file.
     if len({type(value) for _, value in rows}) != 1:
         raise UserError(f"{path}: give every class a colour, or every class a number")
     if not 2 <= sum(name != "" for name, _ in rows) < IGNORE_INDEX:
@@ -354,7 +361,7 @@ def read_classes(path):
 
 
 def read_clicks(path, samples, classes):
-    """Someone's own clicks: the rows of a CSV file become the `clicks` of their samples.
+    """Read clicks from a CSV file into the `clicks` of their samples.
 
     image: a path below --data, or a bare name if only one image has it; the suffix may differ
     x, y: pixels of the upright photograph from its top left; or map_x, map_y of its own system
@@ -364,7 +371,7 @@ def read_clicks(path, samples, classes):
     rows_of = defaultdict(list)  # by the name of the image: each is looked up and opened once
     for line, row in read_table(path, "image,x,y,class", "image,map_x,map_y,class"):
         rows_of[row["image"]].append((line, row))
-    # For each sample its clicked pixels (y, x), with the line that names them and their class.
+    # Per sample: (y, x) → (line in the file, class).
     found = defaultdict(dict)
     for name, rows in rows_of.items():
         with at_line(path, rows[0][0]):
@@ -374,7 +381,7 @@ def read_clicks(path, samples, classes):
         for line, row in rows:
             with at_line(path, line):
                 pixel, c = read_click(row, sample, photo, classes)
-                if hidden[pixel]:  # the border of an orthomosaic has no class
+                if hidden[pixel]:  # such as an orthomosaic's border
                     continue
                 other, its_class = found[sample].setdefault(pixel, (line, c))
                 if c != its_class:
@@ -387,32 +394,32 @@ def read_clicks(path, samples, classes):
 
 @contextlib.contextmanager
 def at_line(path, line):
-    """Name the file and the line of what is wrong there."""
+    """Prefix errors with the file and the line."""
     try:
         yield
-    except (ValueError, KeyError) as error:  # also of float(…) and ImageColor
+    except (ValueError, KeyError) as error:  # also from float(…) and ImageColor
         raise UserError(f"{path}: line {line}: {error}") from error
 
 
 def find_image(name, samples):
-    """The one sample that a row means, by its path or by its end, with its suffix or without."""
+    """The one sample that a row refers to, by its path or the end of it; the suffix may differ."""
     path = Path(name.replace("\\", "/").lstrip("/"))
     whole, stem = fold(path), fold(path.with_suffix(""))
-    # An exact path wins. People click on a PNG copy of a GeoTIFF, so that the suffix comes last.
+    # An exact path wins. The suffix counts least: people click on a PNG copy of a GeoTIFF.
     found = (
         [sample for sample in samples if sample.name == name]
         or [sample for sample in samples if fold(sample.image).endswith(f"/{whole}")]
-        or [sample for sample in samples if fold(sample.image.with_suffix("")).endswith(f"/{stem}")]
+        or [s for s in samples if fold(s.image.with_suffix("")).endswith((f"/{stem}", f"/{whole}"))]
     )
     if len(found) != 1:
-        raise UserError(f"{len(found) or 'no'} images are called {name}; give the path of one")
+        raise UserError(f"{len(found) or 'no'} images match {name}; give its path")
     return found[0]
 
 
 def read_click(row, sample, photo, classes):
     """One row of a file of clicks: pixel (y, x) and class."""
     W, H = photo.size
-    # Clicks on a resized or turned copy would land anywhere.
+    # Clicks made on a resized or rotated copy would land anywhere.
     size = [row.get("width", ""), row.get("height", "")]
     if any(size) and tuple(map(float, size)) != photo.size:
         raise UserError(f"made on {'×'.join(size)} pixels, {sample.name} has {W}×{H}")
@@ -432,13 +439,13 @@ def read_click(row, sample, photo, classes):
 
 
 def map_to_pixel(path, map_x, map_y):
-    """Where a point of a photograph's reference system lies in it, in pixels from its top left.
+    """Map coordinates → pixel coordinates (x, y) of a photograph, from its top left.
 
     (map_x, map_y) = A (x, y) + b, with A and b of the GeoTIFF tags (OGC 19-008r4) or a world file.
     """
     tags, world = geo_tags(path), world_file(path)
     # Key 1025 with value 2 says PixelIsPoint: coordinates are those of pixel centres.
-    from_centre = "1025, 0, 1, 2" in str(tags.get(34735))
+    from_centre = " 1025, 0, 1, 2" in str(tags.get(34735))
     if 34264 in tags:  # a 4×4 matrix
         a, b, _, c, d, e, _, f = tags[34264][:8]
     elif 33550 in tags:  # the size of a pixel, and a tie point
@@ -448,7 +455,7 @@ def map_to_pixel(path, map_x, map_y):
         c, f = x - a * i, y - e * j
     elif world:
         a, d, b, e, c, f = map(float, world.read_text().split())
-        from_centre = True  # by definition
+        from_centre = True  # as specified
     else:
         raise UserError(f"{path} has no GeoTIFF tags and no world file; give x, y in pixels")
     x, y = np.linalg.solve([[a, b], [d, e]], [map_x - c, map_y - f])
@@ -458,11 +465,11 @@ def map_to_pixel(path, map_x, map_y):
 def read_table(path, *headers):
     """Yield the rows of a CSV file that hold anything: (line in an editor, values by column).
 
-    Comma, semicolon or tab; UTF-8 or UTF-16; capitals in the header make no difference. Raises
-    UserError if it has the columns of no header, or if a row can be read in two ways.
+    Comma, semicolon or tab; UTF-8 or UTF-16; the case of the header does not matter. Raises
+    UserError if columns are missing or a row is ambiguous.
     """
     content = Path(path).read_bytes()
-    # Excel's "Unicode text" begins with a byte that no UTF-8 has; -sig drops the mark of the other.
+    # Excel's "Unicode text" is UTF-16 with a byte-order mark; -sig skips the mark of UTF-8.
     encoding = "utf-16" if content[:1] in b"\xff\xfe" else "utf-8-sig"
     try:
         text = unicodedata.normalize("NFC", content.decode(encoding))
@@ -476,14 +483,14 @@ def read_table(path, *headers):
         table = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}; save it as CSV UTF-8") from error
-    # csv would swallow the rest of the file in silence.
+    # csv would silently swallow the rest of the file.
     if text.count('"') % 2:
         raise UserError(f"{path}: a quote is never closed")
     (_, header), *table = table[named:] or [(1, [])]
     header = [name.lower() for name in header]
     if not any(set(names.split(",")) <= set(header) for names in headers):
         raise UserError(f"{path}: line 1 must have {' or '.join(headers)}")
-    # QGIS adds X and Y beside one's own x and y. Which ones are meant?
+    # QGIS adds X and Y to existing x and y: ambiguous.
     for name in header:
         if name and header.count(name) > 1:
             raise UserError(f"{path}: two columns are called {name} or {name.upper()}")
@@ -491,7 +498,7 @@ def read_table(path, *headers):
         row = dict(zip(header, cells + [""] * len(header)))  # short rows are filled up
         if any(cells[len(header) :]):
             raise UserError(f"{path}: line {line} has more cells than the header")
-        # A comma in a number is decimal, unless it can be a thousands' comma, too.
+        # A decimal comma is fine where the comma is not the delimiter as well.
         for name in NUMBERS & row.keys():
             if "," in row[name] and delimiter == ",":
                 raise UserError(f"{path}: line {line}: is the comma in {row[name]} decimal or not?")

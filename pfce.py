@@ -4,13 +4,13 @@
 
 p_i is the softmax probability of pixel i's own class y_i. m_i is 1 where pixel i is labelled and 0
 where its target is `ignore_index`. This is the focal loss of Lin et al. 2017 (arXiv:1708.02002,
-eq. 5) over a softmax, averaged over the labelled pixels alone, as in the partial cross-entropy of
-Tang et al. 2018 (arXiv:1804.01346). Nothing is computed at unlabelled pixels.
+eq. 5) over a softmax, averaged over the labelled pixels only, as in the partial cross-entropy of
+Tang et al. 2018 (arXiv:1804.01346). The formula is not computed at unlabelled pixels.
 
     loss = partial_focal_cross_entropy(model(image), label_map)  # label_map: 255 = no label
     loss.backward()
 
-This file needs torch and nothing else, so that you can copy it into your project.
+This file depends only on torch, so that you can copy it into your project.
 """
 
 import torch
@@ -53,14 +53,14 @@ def partial_focal_cross_entropy(
         got = f"got {y[wrong][0].item()} with {ignore_index=}"
         raise ValueError(f"target must lie in 0…{C - 1} or be ignore_index, {got}")
 
-    # 2. Gather their logits z. Indexing the contiguous view keeps the gradient in one layout.
+    # 2. Gather their logits z. Index the contiguous view: its gradient keeps that layout.
     last = logits.movedim(1, -1)  # (N, *spatial, C), contiguous where logits are channels_last
     n, *position = where
     z = last[where] if last.is_contiguous() else logits[(n, slice(None), *position)]  # (P, C)
 
-    # 3. Apply the formula. Where p = 1, the power of 1 − p = 0 has no finite gradient for γ < 1.
+    # 3. Apply the formula. The clamp keeps the gradient finite at p = 1 if γ < 1.
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    alpha = alpha.to(dtype)  # still on the CPU, so that it outlives its copy to the GPU
+    alpha = alpha.to(dtype)  # on the CPU, since MPS has no float64
     weights = alpha.to(logits.device, non_blocking=True).expand(C)  # (C,)
     minus_log_p = F.cross_entropy(z.to(dtype), y, reduction="none")  # (P,)
     one_minus_p = -torch.expm1(-minus_log_p)  # (P,), exact even where p is nearly 1
@@ -74,12 +74,12 @@ def partial_focal_cross_entropy(
 
 
 def check_options(gamma, alpha, reduction) -> Tensor:
-    """Raise ValueError for an option that does not fit. Returns alpha as a tensor on the CPU."""
+    """Check the options (ValueError) and return alpha as a float64 tensor on the CPU."""
     try:
         gamma = float(gamma)
         alpha = torch.as_tensor(alpha, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        hint = "logits and target go to the loss once it is made"
+        hint = "pass logits and target to the instance, not to the class"
         raise ValueError(f"gamma must be a number, alpha a number or C weights; {hint}") from error
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
@@ -91,7 +91,7 @@ def check_options(gamma, alpha, reduction) -> Tensor:
 
 
 def check_tensors(logits, target) -> None:
-    """Raise ValueError where logits (N, C, *spatial) and target (N, *spatial) do not fit."""
+    """Raise ValueError unless logits are (N, C, *spatial) and target is (N, *spatial)."""
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         hint = "use output['out'] of a torchvision model, torch.from_numpy(array) of an array"
         raise ValueError(f"logits and target must be tensors: {hint}")  # noqa: TRY004
@@ -117,7 +117,7 @@ class PartialFocalCrossEntropyLoss(nn.Module):
     def __init__(self, gamma=2.0, alpha=0.25, ignore_index=255, reduction="mean"):
         super().__init__()
         self.gamma = gamma
-        self.alpha = check_options(gamma, alpha, reduction)  # refuses a bad option right here
+        self.alpha = check_options(gamma, alpha, reduction)  # fails early, at construction
         self.ignore_index = ignore_index
         self.reduction = reduction
 

@@ -4,7 +4,7 @@
     python train.py                                the Dubai dataset, downloaded from Kaggle
     python train.py --data DIR --clicks FILE.csv   your own photographs, your own clicks
 
-`main` reads like the method section of a paper: data, clicks, network, loop, scores. Letters in
+Read `main` like the method section of a paper: data, clicks, network, loop, scores. Letters in
 shapes: N batch, S side of a crop, C classes, H and W the size of an image, h and w after scaling.
 """
 
@@ -66,17 +66,17 @@ def main(args):
         data.read_clicks(args.clicks, samples, classes)
     training, held_out = data.split(samples, args.hold_out, bool(args.clicks))
 
-    # 2. The clicks, drawn once and kept, and the pixels of the training images.
+    # 2. The clicks, drawn once for the whole run, and the pixels of the training images.
     for sample in training:
         load(sample, classes, args.points, args.seed, args.scale, args.size)
     training = [sample for sample in training if (sample.pixels[3] != IGNORE_INDEX).any()]
     if not training:
-        raise UserError("no image has a labelled pixel; check --classes and --clicks")
+        raise UserError("no training image has a label; check --classes and --clicks")
     for sample in held_out:  # what is broken is found now, not after an hour of training
         truth(sample, upright(sample.image), classes)
 
     # 3. The network.
-    torch.manual_seed(args.seed)  # what is not pretrained is random
+    torch.manual_seed(args.seed)  # for what is not pretrained
     weights = None if args.resume or args.weights == "none" else args.weights
     model = UNet(len(classes.names), weights).to(device, memory_format=torch.channels_last)
     settings = {"classes": classes.names, "scale": args.scale, "window": args.size}
@@ -85,11 +85,11 @@ def main(args):
     settings["palette"] = [value for color in colors for value in color]
     vars(model).update(settings)  # what `predict` needs to know
 
-    # 4. The crops. Every pixel is as likely to be in one, so that large images give more.
+    # 4. The crops. Images are drawn in proportion to their area.
     # In an epoch: as many as cover EPOCH_PIXELS per image, and MIN_STEPS batches at least.
     crops = max(len(training) * EPOCH_PIXELS // args.size**2, args.batch_size * MIN_STEPS)
     sampler = WeightedRandomSampler([sample.area for sample in training], crops)
-    # A crop costs 29 µs. If a GPU has to wait for them, give the loader num_workers.
+    # Crops are cheap. If a GPU has to wait for them, pass num_workers here.
     loader = DataLoader(data.Crops(training, args.size), args.batch_size, sampler=sampler)
     steps = len(loader)  # in an epoch
 
@@ -100,8 +100,8 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps * args.epochs)
 
-    # 6. The folder of the run: a new one, or the one to go on in. Its checkpoint holds all that
-    # predicting and going on need.
+    # 6. The folder of the run, new or resumed. Its checkpoint holds all that predicting and
+    # resuming need.
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     names = [sample.name for sample in training]
     state = {"rows": classes.rows, "settings": settings, "names": names, "history": []}
@@ -109,7 +109,7 @@ def main(args):
     if args.resume:
         out = Path(args.resume)
         if names != checkpoint["names"] or clicks != (out / "clicks.csv").read_bytes():
-            raise UserError(f"--resume {out} began with other images or clicks")
+            raise UserError(f"--resume {out} used different images or clicks")
         state["history"] = checkpoint["history"]
         for name in parts.keys() & checkpoint.keys():  # of a finished run, the model alone
             parts[name].load_state_dict(checkpoint[name])
@@ -127,8 +127,8 @@ def main(args):
     # 7. The loop. No checkpoint is selected: the last epoch's weights are the result.
     history = state["history"]  # a row of metrics.csv for every epoch
     for epoch in range(max(1, len(history)), args.epochs + 1):
-        if epoch > len(history):  # else a run was stopped after training, before scoring
-            # All that is random in an epoch follows from its number, in a resumed run, too.
+        if epoch > len(history):  # else only its scoring was interrupted
+            # Seeded by its number, so that a resumed run repeats the same epoch.
             torch.manual_seed(seed_for(args.seed, "epoch", epoch))
             model.train()
             started, total = time.time(), 0.0
@@ -152,13 +152,13 @@ def main(args):
                     to_go = (args.epochs - epoch + 1) * steps - step
                     minutes = to_go * (time.time() - started) / step / 60
                     print(f"{progress}  {minutes:.1f} min left", end="\x1b[K\r")
-            row = {"epoch": epoch, "loss": round(total / crops, 6)}
+            row = {"epoch": epoch, "loss": round(total / crops, 6)}  # weighted by crops
             row |= {"miou": None, "pixel_accuracy": None}  # not scored yet
             history.append(row | {"seconds": round(time.time() - started, 1)})
             # Saved before the scoring, which may fail; after the last epoch without the optimiser.
             save_checkpoint(out, state, parts if epoch < args.epochs else {"model": model})
         scored = epoch % args.score_every == 0 or epoch == args.epochs
-        scores = evaluate(model, held_out if scored else [], classes)
+        scores = evaluate(model, held_out if scored else [], classes)  # of no image: None
         history[-1] |= scores
         write(out / "metrics.csv", to_csv(history[-1], history))
         score = "" if scores["miou"] is None else f"  mIoU {scores['miou']:.3f}"
@@ -209,7 +209,7 @@ def truth(sample, photo, classes):
 def evaluate(model, held_out, classes):
     """Scores on all labelled pixels of the held-out images, from one confusion matrix.
 
-    IoU of a class = TP / (TP + FP + FN) (Everingham et al. 2010), None without such pixels.
+    IoU of a class = TP / (TP + FP + FN) (Everingham et al. 2010), None if all three are 0.
     """
     C = len(classes.names)
     confusion = torch.zeros(C, C, dtype=torch.float64)  # [truth, prediction]
@@ -218,7 +218,7 @@ def evaluate(model, held_out, classes):
         labels = truth(sample, photo, classes)  # (H, W)
         prediction = torch.from_numpy(model.predict(photo))  # (H, W)
         labelled = labels != IGNORE_INDEX  # (H, W)
-        # Each pair of truth and prediction has a number of its own. Count them.
+        # Encode (truth, prediction) as one integer, then count.
         pairs = labels[labelled].long() * C + prediction[labelled]  # (P,)
         confusion += pairs.bincount(minlength=C * C).view(C, C)
     hits = confusion.diag()  # (C,) TP
@@ -226,7 +226,7 @@ def evaluate(model, held_out, classes):
     scores = {"miou": ious.nanmean(), "pixel_accuracy": hits.sum() / confusion.sum()}
     scores |= {f"iou_{name}": iou for name, iou in zip(classes.names, ious)}
     return {
-        name: None if score.isnan() else round(score.item(), 6)  # as metrics.csv has them
+        name: None if score.isnan() else round(score.item(), 6)  # as in metrics.csv
         for name, score in scores.items()
     }
 
@@ -258,7 +258,7 @@ def draw_picture(path, model, classes, training, held_out):
         if sample.clicks is not None:
             cells[1] = small.copy()
             for x, y, c in sample.clicks.tolist():
-                # The middle of the pixel, at the size of the small picture.
+                # The pixel's centre, in the small picture.
                 center = [(v + 0.5) * small.width / photo.width for v in (x, y)]
                 ImageDraw.Draw(cells[1]).circle(center, 5, classes.palette[c], "white", 2)
         if sample.mask:
@@ -275,7 +275,7 @@ def draw_picture(path, model, classes, training, held_out):
 
 
 def describe(samples, training, held_out, classes):
-    """Print what the network is trained on, and what it cannot learn from that."""
+    """Print what the network is trained on, with notes on likely problems."""
     labels = torch.cat([sample.pixels[3].flatten() for sample in training])
     counts = labels.bincount(minlength=256)[: len(classes.names)].tolist()  # without IGNORE_INDEX
     area = sum(sample.area for sample in training)
@@ -285,10 +285,10 @@ def describe(samples, training, held_out, classes):
     )
     for name, count in zip(classes.names, counts):
         print(f"          {name:<20} {count / sum(counts):.1%}")
-    # What follows are notes, only where there is something to note.
+    # Notes, printed only where they apply.
     left_out = len(samples) - len(training) - len(held_out)
     if left_out:
-        print(f"note      {left_out} images left out: no click, no mask, or no label in it")
+        print(f"note      {left_out} images left out: no clicks, mask or labels")
     if 0 in counts:
         print("note      a class without labels cannot be learnt")
     if classes.turned:
@@ -297,14 +297,14 @@ def describe(samples, training, held_out, classes):
             "upright picture"
         )
     for color, count in classes.strays.most_common(5):
-        print(f"note      {count:,} pixels of the masks are {color}, which is of no class")
+        print(f"note      {count:,} pixels of the masks are {color}, which is not in --classes")
 
 
 # ---- The files of a run, and its options ----
 
 
 def begin(args, device, precision):
-    """Claim the folder of a new run with its config.json: of two runs, one is refused."""
+    """Create the run's folder and claim it by config.json, so that two runs cannot share it."""
     config = vars(args) | {
         "data": os.path.abspath(args.data or "data"),
         "device": str(device),
@@ -327,7 +327,7 @@ def begin(args, device, precision):
 
 def save_checkpoint(out, state, parts):
     """Write what resuming and predicting need to checkpoint.pt."""
-    buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+    buffer = io.BytesIO()  # torch.save itself does not report a full disk
     torch.save(state | {name: part.state_dict() for name, part in parts.items()}, buffer)
     write(out / "checkpoint.pt", buffer.getbuffer())
 
@@ -345,7 +345,7 @@ def click_rows(training, classes):
 
 
 def to_csv(columns, rows):
-    """Rows, dictionaries of what to write in each column, as the bytes of a CSV file."""
+    """Rows, dictionaries by column, as the bytes of a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -354,7 +354,7 @@ def to_csv(columns, rows):
 
 
 def is_fast_at_bfloat16(device):
-    """Most CUDA devices are, and CPUs that have instructions for it."""
+    """Whether a device has instructions for bfloat16: most CUDA devices, some CPUs."""
     if device.type == "cuda":  # not where it is only emulated
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -366,10 +366,10 @@ def parse_args(argv=None):
     add, folder = parser.add_argument, os.path.abspath
     add("--data", metavar="DIR", type=folder, help="your photographs [data, from Kaggle]")
     add("--masks", metavar="DIR", type=folder, help="their masks [masks for images]")
-    add("--hold-out", metavar="PATTERN", help="only score these [last 2 of each folder]")
+    add("--hold-out", metavar="PATTERN", help="score, never train on [last 2 per folder]")
     add("--classes", metavar="FILE", type=folder, help="CSV class,color [Dubai's five]")
     add("--clicks", metavar="FILE", type=folder, help="CSV image,x,y,class: your own")
-    add("--demo", action="store_true", help="synthetic scenes, --weights none")
+    add("--demo", action="store_true", help="docs/demo with --weights none")
     add("--points", type=count_or_all, help="simulated clicks per image, or all [100]")
     add("--epochs", type=at_least(1), default=5, help="[5]")
     add("--batch-size", type=at_least(1), default=32, help="crops per step [32]")
@@ -377,28 +377,28 @@ def parse_args(argv=None):
     add("--scale", type=at_least(0.01), default=0.5, help="resize all images by [0.5]")
     add("--lr", type=at_least(1e-9), default=2e-3, help="peak of the cycle [0.002]")
     add("--gamma", type=at_least(0.0), default=2.0, help="focusing exponent [2]")
-    add("--alpha", type=at_least(0.0), default=0.25, help="weight of the loss [0.25]")
+    add("--alpha", type=at_least(0.0), default=0.25, help="factor of the loss [0.25]")
     add("--weights", default="imagenet", help="imagenet, none or a file [imagenet]")
-    add("--score-every", type=at_least(1), default=1, help="epochs; the last always [1]")
-    add("--seed", type=at_least(0), default=0, help="of every random draw [0]")
+    add("--score-every", type=at_least(1), default=1, help="score every N epochs, and the last [1]")
+    add("--seed", type=at_least(0), default=0, help="of all random draws [0]")
     add("--device", help="cuda, mps or cpu [the first there is]")
     add("--out", metavar="DIR", help="new or empty [runs/<date-time>]")
     add("--resume", metavar="DIR", help="continue the run in DIR with its own options")
     args = parser.parse_args(argv)
     if args.demo and args.data:
-        parser.error("--demo brings its own images: no --data beside it")
+        parser.error("--demo has its own images: drop --data")
     if args.clicks and args.points and not args.resume:
-        parser.error("--clicks brings its own clicks: no --points beside it")
-    parser.set_defaults(points=100)  # only now: above it tells what was typed
+        parser.error("--points simulates clicks: drop it beside --clicks")
+    parser.set_defaults(points=100)  # set late: above, None means not typed
     if args.demo:
         parser.set_defaults(data=f"{Path(__file__).resolve().parent}/docs/demo", weights="none")
-    if args.resume:  # its own options are the defaults, and most of them must stay
+    if args.resume:  # its own options become the defaults; most of them are fixed
         path = Path(args.resume, "config.json")
         try:
             config = json.loads(path.read_text())
             own = {name: config[name] for name in vars(args).keys() - {"device", "resume"}}
         except (ValueError, KeyError) as error:
-            raise UserError(f"{path} is not whole, or of another version of train.py") from error
+            raise UserError(f"{path} is damaged, or of another version of train.py") from error
         parser.set_defaults(**own)
         args = parser.parse_args(argv)
         for name in own.keys() - {"data", "masks", "clicks"}:
@@ -408,7 +408,7 @@ def parse_args(argv=None):
 
 
 def at_least(low):
-    """A type of argparse: a number from `low` to below 2**31, whole where `low` is."""
+    """An argparse type: a number in [low, 2**31), an int if `low` is one."""
 
     def number(text):
         value = type(low)(text)

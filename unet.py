@@ -29,7 +29,7 @@ from torchvision.models import resnet34
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
-IMAGE_TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
+IMAGE_TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: where it lies, in which system
 Image.MAX_IMAGE_PIXELS = None  # orthomosaics are large
 
@@ -175,8 +175,13 @@ def load_encoder(weights):
                 tensors |= value if isinstance(value, dict) else {}
             last = "layer4.2.conv2.weight"
             prefix = next((n.removesuffix(last) for n in tensors if str(n).endswith(last)), "")
-            names = (name for name in encoder.state_dict() if prefix + name in tensors)
-            encoder.load_state_dict({name: tensors[prefix + name] for name in names})
+            encoder.load_state_dict(
+                {
+                    name: tensors[prefix + name]
+                    for name in encoder.state_dict()
+                    if prefix + name in tensors
+                }
+            )
     except Exception as error:  # no file, no network, no room, tensors of another size
         raise UserError(
             f"no ResNet-34 in {weights} ({reason(error)}); take --weights none, or put "
@@ -338,8 +343,8 @@ def main():
     model = UNet.load(args.checkpoint).to(pick_device(args.device))
     photos = []
     for path in args.photos:
-        below = [file for file in sorted(path.rglob("[!.]*")) if args.out not in file.parents]
-        photos += [file for file in below if file.suffix.lower() in IMAGE_TYPES] or [path]
+        below = [f for f in sorted(path.rglob("[!.]*")) if f.suffix.lower() in IMAGE_TYPES]
+        photos += [f for f in below if args.out not in f.parents] or [path]
     top = os.path.commonpath([path.absolute().parent for path in photos])
     plan = {}
     for path in photos:

@@ -1,87 +1,176 @@
-"""What the loss and large predictions cost, against what people write otherwise.
+"""What the loss, a training step and large predictions cost, against what people write otherwise.
 
-python -m docs.benchmark                      the loss at 8×6×256×256, 100 labels an image
-python -m docs.benchmark runs/…/checkpoint.pt prediction of 6000×6000 and 10 000×10 000 pixels
+python -m docs.benchmark                        the loss, then a training step
+python -m docs.benchmark runs/…/checkpoint.pt   prediction of 6000×6000 and 10 000×10 000 pixels
+
+The step is compared with the U-Net of segmentation_models_pytorch if that is installed. It is no
+dependency of this project: `pip install segmentation-models-pytorch`. What is compared takes turns,
+block by block, so that all meet the same machine. Leave the machine alone meanwhile.
 """
 
+import argparse
 import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader, RandomSampler
 
-from data import sample_points
+import data
 from pfce import partial_focal_cross_entropy
-from unet import UNet
+from train import is_fast_at_bfloat16, load
+from unet import UNet, pick_device, run
+
+DEMO = Path(__file__).resolve().parent / "demo"
+CALLS = 10  # of a loss in a block
+STEPS = 5  # of training in a block
 
 
-def dense(logits, target):
+def dense_formula(logits, target):
     """The focal loss as most code has it: at every pixel, then multiplied by the mask."""
     mask = (target != 255).float()
     ce = F.cross_entropy(logits, target.clamp(max=5).long(), reduction="none")
-    return (0.25 * (1 - (-ce).exp()) ** 2 * ce * mask).sum() / mask.sum()
+    loss = 0.25 * (1 - (-ce).exp()) ** 2 * ce
+    return (loss * mask).sum() / mask.sum()
+
+
+def cross_entropy(logits, target):
+    return F.cross_entropy(logits, target.long(), ignore_index=255)
 
 
 LOSSES = {
     "pfce.py": partial_focal_cross_entropy,
-    "dense focal formula": dense,
-    "F.cross_entropy": lambda logits, target: F.cross_entropy(
-        logits, target.long(), ignore_index=255
-    ),
+    "dense focal formula": dense_formula,
+    "F.cross_entropy": cross_entropy,
 }
 
 
-def benchmark_loss(device: str, blocks: int = 12, calls: int = 10) -> None:
-    """Forward and backward. Blocks of calls alternate, so that all meet the same machine.
+def benchmark_loss(device, blocks):
+    """Forward and backward at 8×6×256×256 with 100 labels an image, in both memory layouts.
 
-    The label map is uint8, as train.py holds it; F.cross_entropy takes int64 only, so what needs
-    it pays for the conversion.
+    The label map is uint8, as train.py holds it. F.cross_entropy takes int64 alone, so that what
+    needs it pays for the conversion.
     """
-    g = torch.Generator().manual_seed(0)
-    maps = [sample_points(torch.randint(6, (256, 256), generator=g), 100, g) for _ in range(8)]
-    target = torch.stack(maps).to(torch.uint8).to(device)  # (8, 256, 256)
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; median ms")
+    generator = torch.Generator().manual_seed(0)
+    maps = []
+    for _ in range(8):
+        mask = torch.randint(6, (256, 256), generator=generator)
+        clicks = data.sample_points(mask, 100, generator)  # (100, 3)
+        maps.append(data.paint(clicks, (256, 256), (256, 256)))
+    target = torch.stack(maps).to(device)  # (8, 256, 256)
     for layout in (torch.contiguous_format, torch.channels_last):
-        logits = torch.randn(8, 6, 256, 256, generator=g).to(device, memory_format=layout)
-        logits.requires_grad_()
+        logits = torch.randn(8, 6, 256, 256, generator=generator)
+        logits = logits.to(device, memory_format=layout).requires_grad_()
         times = {name: [] for name in LOSSES}
         for _ in range(blocks):
             for name, loss in LOSSES.items():
-                for call in range(calls):
+                for call in range(CALLS):
                     logits.grad = None
-                    started = time.perf_counter()
+                    started = now(device)
                     loss(logits, target).backward()
-                    if device == "cuda":
-                        torch.cuda.synchronize()
                     if call > 1:  # the first two find the caches full of another's data
-                        times[name].append((time.perf_counter() - started) * 1e3)
-        ours = statistics.median(times["pfce.py"])
-        for name, values in times.items():
-            median = statistics.median(values)
-            print(f"{str(layout)[6:]:<18} {name:<20} {median:6.2f}  {median / ours:5.1f}×")
+                        times[name].append(now(device) - started)
+        report(f"the loss, {str(layout).removeprefix('torch.')}", times)
 
 
-def benchmark_predict(checkpoint: str) -> None:
-    """Time and peak memory of whole predictions of mosaics of the demo scenes."""
-    model = UNet.load(checkpoint)
+def benchmark_step(device, blocks):
+    """Steps of the loop of train.py on the demo's scenes, with the cutting of their crops."""
+    samples = data.find_samples(DEMO)
+    for sample in samples:
+        load(sample, data.read_classes(None), points=100, seed=0, scale=0.5, size=64)
+    sampler = RandomSampler(samples, replacement=True, num_samples=32 * STEPS)
+    loader = DataLoader(data.Crops(samples, 64), 32, sampler=sampler)
+    networks = {"unet.py": UNet(5, None)}
+    try:
+        import segmentation_models_pytorch as smp
+
+        networks["smp.Unet"] = smp.Unet("resnet34", encoder_weights=None, classes=5)
+    except ImportError:
+        print("segmentation_models_pytorch is not installed: its U-Net was skipped")
+    optimizers = {}
+    for name, network in networks.items():
+        network.to(device, memory_format=torch.channels_last).train()
+        optimizers[name] = torch.optim.AdamW(network.parameters(), 2e-3, fused=True)
+    times = {name: [] for name in networks}
+    for block in range(blocks + 1):
+        for name, network in networks.items():
+            started = now(device)
+            for batch in loader:
+                take_step(network, optimizers[name], batch.to(device))
+            if block:  # the first one warms up
+                times[name].append((now(device) - started) / STEPS)
+    report("a training step, 32 crops of 64×64", times)
+
+
+def take_step(network, optimizer, batch):
+    """One step of the loop in train.py, without schedule and progress."""
+    images, labels = batch[:, :3], batch[:, 3]  # (N, 3, S, S), (N, S, S)
+    device = batch.device.type
+    if not isinstance(network, UNet):  # ours normalises by itself
+        images = (images / 255 - 0.45) / 0.225
+    with torch.autocast(device, torch.bfloat16, bool(is_fast_at_bfloat16(batch.device))):
+        logits = network(images)  # (N, C, S, S)
+    loss = partial_focal_cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.item()
+
+
+def benchmark_predict(checkpoint, device, sides):
+    """Time and peak memory of predicting mosaics of a demo scene."""
+    model = UNet.load(checkpoint).to(device)
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-    tile = Image.open("docs/demo/Tile 3/images/image_part_001.jpg")
-    for side in (6000, 10_000):
-        image = Image.new("RGB", (side, side))
-        for corner in range((-(-side // tile.width)) ** 2):
-            row, column = divmod(corner, -(-side // tile.width))
-            image.paste(tile, (column * tile.width, row * tile.height))
-        started = time.time()
-        model.predict(image)
+    tile = Image.open(DEMO / "Tile 3/images/image_part_001.jpg")
+    for side in sides:
+        mosaic = Image.new("RGB", (side, side))
+        for top in range(0, side, tile.height):
+            for left in range(0, side, tile.width):
+                mosaic.paste(tile, (left, top))
+        started = now(device)
+        model.predict(mosaic)
+        seconds = now(device) - started
+        # The peak of the whole process, about 0.7 GiB of which are torch itself.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        print(f"{side}×{side}: {time.time() - started:.0f} s, peak memory {peak:.2f} GiB in all")
+        print(f"{side}×{side}: {seconds:.1f} s, peak memory {peak:.2f} GiB in all")
+
+
+def now(device):
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def report(title, times):
+    """Print the median of each list of seconds, in ms and as a multiple of the first one."""
+    print(title)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = next(iter(medians.values()))
+    for name, median in medians.items():
+        print(f"  {name:<20} {median * 1000:8.2f} ms  {median / first:5.2f}×", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", help="predict with this checkpoint.pt")
+    parser.add_argument("--sides", type=int, nargs="+", default=[6000, 10_000], help="to predict")
+    parser.add_argument("--blocks", type=int, default=12, help="of each loss and network [12]")
+    parser.add_argument("--device", help="cuda, mps or cpu [the first there is]")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads")
+    if args.checkpoint:
+        benchmark_predict(args.checkpoint, device, args.sides)
+    else:
+        benchmark_loss(device, args.blocks)
+        benchmark_step(device, args.blocks)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        benchmark_predict(sys.argv[1])
-    else:
-        benchmark_loss("cuda" if torch.cuda.is_available() else "cpu")
+    run(main)

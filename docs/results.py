@@ -2,6 +2,10 @@
 
 python -m docs.results runs/*  adds the finished ones to docs/results.csv, then does as below
 python -m docs.results         reads docs/results.csv, prints the table, draws docs/curve.png
+
+A row is one run: its command, its seed, its device, and the scores of its last epoch. The same run
+again replaces its row. Minutes are those of training alone, without scoring. (In rows without a
+device, older ones of a CPU, they are those of the epoch with its scoring.)
 """
 
 import csv
@@ -10,6 +14,7 @@ import re
 import shlex
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -17,130 +22,218 @@ from PIL import Image, ImageDraw, ImageFont
 from train import parse_args
 
 DOCS = Path(__file__).resolve().parent
-COLORS = {"100 clicks": "#EF6C00", "dense masks": "#1565C0"}
-COLORS |= {"20 epochs": "#43A047", "80 epochs": "#1B5E20"}
-UNTOLD = ("data", "out", "device", "resume", "seed", "demo", "score_every")  # or are columns
+COLORS = {
+    "100 clicks": "#EF6C00",
+    "dense masks": "#1565C0",
+    "20 epochs": "#43A047",
+    "80 epochs": "#1B5E20",
+}
+# Options that change no number, or have a column of their own.
+UNTOLD = {"data", "out", "device", "resume", "seed", "demo", "score_every"}
+PANEL = (1100, 900)  # of the plot, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 130, 40, 120, 150  # its margins
 
 
-def collect(folder: Path) -> dict | None:
-    """One row of results.csv: the command of a run and the scores of its last epoch."""
+# ---- Reading runs ----
+
+
+def collect(folder):
+    """The row of a run, or None if it is not finished."""
     config = json.loads((folder / "config.json").read_text())
+    if not (folder / "metrics.csv").exists():  # not one epoch is
+        return None
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         epochs = list(csv.DictReader(file))
     if len(epochs) < config["epochs"]:
         return None
-    default = vars(parse_args([]))
-    flags = ["--demo"] if config["demo"] else ["--data DIR"]
-    for name in (name for name in default if name not in UNTOLD and name in config):
-        value = config[name]
-        if value != default[name] and not (config["demo"] and name == "weights"):
-            text = f"--{name.replace('_', '-')}"
-            text += "" if value is True else " " + shlex.quote(str(value))
-            flags.append(text.removesuffix(".0"))
-    seconds = statistics.median(float(row["seconds"]) for row in epochs)
-    return {
-        "command": "python train.py " + " ".join(flags),
-        "seed": config["seed"],
-        "epochs": len(epochs),
-        "points": config["points"],
-        "minutes": f"{seconds * len(epochs) / 60:.1f}",  # of a usual epoch, times their number
+    last = epochs[-1]
+    row = {
+        "command": command(config),
+        "seed": str(config["seed"]),
+        "epochs": config["epochs"],
+        "points": "" if config["clicks"] else config["points"],
         "loss_first": epochs[0]["loss"],
-        "loss_last": epochs[-1]["loss"],
-        **{name: value for name, value in epochs[-1].items() if "iou" in name or "acc" in name},
-        **{name: config[name] for name in ("torch", "precision", "threads")},
+        "loss_last": last["loss"],
     }
+    # The median, since now and then a machine has other work to do.
+    seconds = statistics.median(float(epoch["seconds"]) for epoch in epochs)
+    row["minutes"] = f"{seconds * len(epochs) / 60:.1f}"
+    for name, score in last.items():
+        if name in ("miou", "pixel_accuracy") or name.startswith("iou_"):
+            row[name] = score
+    for name in ("device", "torch", "precision", "threads"):
+        row[name] = config[name]
+    return row
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation (of a sample: n − 1) where there is more than one value."""
-    text = f"{statistics.mean(values):.3f}"
-    return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def command(config):
+    """What to type for a run with this config.json, without what is in UNTOLD."""
+    default = vars(parse_args([]))
+    words = ["python train.py"]
+    given = {"weights"} if config["demo"] else set()  # by --demo itself
+    if "network" in config:
+        encoder = "imagenet" if config["weights"] == "imagenet" else "random"
+        words, given = [f"python -m docs.pretrained {encoder}"], {"weights"}
+    words.append("--demo" if config["demo"] else "--data DIR")
+    for name in default:  # in the order of `python train.py --help`
+        value = config[name]
+        if name in UNTOLD | given or value == default[name]:
+            continue
+        if name in ("clicks", "classes", "masks"):
+            value = Path(value).name  # so that it is the same for every seed and machine
+        text = shlex.quote(str(value)).removesuffix(".0")
+        words.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join(words)
 
 
-def by_command(rows: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each command, which differ in their seed."""
-    groups: dict[str, list[dict]] = {}
+def read_rows(path):
+    """The rows of results.csv by what makes them the same run."""
+    with open(path, encoding="utf-8") as file:
+        return {key(row): row for row in csv.DictReader(file)}
+
+
+def key(row):
+    return row["command"], row["seed"], device(row)
+
+
+def device(row):
+    return row.get("device") or "cpu"  # older rows have none
+
+
+def in_order(text):
+    """To sort by: numbers by their size, not by their digits, and before words."""
+    parts = []
+    for part in re.split(r"(\d+)", text):
+        if part:
+            parts.append((0, int(part), "") if part.isdigit() else (1, 0, part))
+    return parts
+
+
+# ---- The table ----
+
+
+def print_table(rows):
+    """Mean and spread of the runs of each command, which differ in their seed alone."""
+    runs_of = defaultdict(list)
     for row in rows:
-        groups.setdefault(row["command"], []).append(row)
-    return groups
-
-
-def print_table(rows: list[dict]) -> None:
-    print("| command | held-out mIoU | pixel accuracy | minutes | seeds |\n|---|---|---|---|---|")
-    for command, runs in by_command(rows).items():
-        scores = [spread([float(run[name]) for run in runs]) for name in ("miou", "pixel_accuracy")]
+        runs_of[row["command"], device(row)].append(row)
+    print("| command | held-out mIoU | pixel accuracy | minutes | seeds | device |")
+    print("|---|---|---|---|---|---|")
+    for (words, where), runs in runs_of.items():
+        miou, accuracy = spread(runs, "miou"), spread(runs, "pixel_accuracy")
         minutes = statistics.median(float(run["minutes"]) for run in runs)
         seeds = ", ".join(run["seed"] for run in runs)
-        print(f"| `{command}` | {' | '.join(scores)} | {minutes:.0f} | {seeds} |")
+        print(f"| `{words}` | {miou} | {accuracy} | {minutes:.0f} | {seeds} | {where} |")
 
 
-def plot(panels: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
-    """panels[axis][series][tick] = mIoU of each seed. A line through the means, a ring per seed."""
-    width, height, left, right, top, bottom = 1100, 900, 130, 40, 120, 150  # of a panel
+def spread(runs, name):
+    """Mean ± standard deviation (of a sample: n − 1) where there is more than one run."""
+    values = [float(run[name]) for run in runs]
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.3f}"
+    return text
+
+
+# ---- The plot ----
+
+
+def curves(rows):
+    """Two panels: series → tick → mIoU of each seed, from the plain runs of one device."""
+    over_epochs = {"100 clicks": defaultdict(list), "dense masks": defaultdict(list)}
+    over_clicks = {"20 epochs": defaultdict(list), "80 epochs": defaultdict(list)}
+    # A few runs repeated on another device must not count twice.
+    usual = statistics.mode(device(row) for row in rows)
+    for row in rows:
+        plain = re.sub(r" --(epochs|points) \w+", "", row["command"])
+        if plain != "python train.py --data DIR --weights none" or device(row) != usual:
+            continue
+        miou, points, epochs = float(row["miou"]), row["points"], row["epochs"]
+        if points in ("100", "all"):
+            name = "100 clicks" if points == "100" else "dense masks"
+            over_epochs[name][epochs].append(miou)
+        if f"{epochs} epochs" in over_clicks:
+            over_clicks[f"{epochs} epochs"][points].append(miou)
+    return {"epochs": over_epochs, "clicks per image": over_clicks}
+
+
+def plot(panels, path):
+    """Draw what `curves` returns, all panels on one scale."""
+    width, height = PANEL
     canvas = Image.new("RGB", (width * len(panels), height), "white")
-    pen, font, large = ImageDraw.Draw(canvas), *map(ImageFont.load_default, (36, 40))
-    lines = [scores for series in panels.values() for scores in series.values()]
-    values = [value for scores in lines for group in scores.values() for value in group]
-    low, high = int(min(values) * 20) / 20, int(max(values) * 20 + 1) / 20
-
-    def y(miou: float) -> float:
-        return height - bottom - (height - top - bottom) * (miou - low) / (high - low)
-
+    values = []
+    for series in panels.values():
+        for scores in series.values():
+            for seeds in scores.values():
+                values += seeds
+    low, high = int(min(values) * 20), int(max(values) * 20) + 1  # in steps of 0.05
     for column, (title, series) in enumerate(panels.items()):
-        x0, x1 = column * width + left, (column + 1) * width - right
-        ticks = sorted({n for scores in series.values() for n in scores}, key=order)
-        step = (x1 - x0) / len(ticks)  # at equal distances, as on a logarithmic scale
-        x = {n: x0 + step * (i + 0.5) for i, n in enumerate(ticks)}
-        pen.text((x0, 28), "held-out mIoU, random encoder", "black", large)
-        pen.text(((x0 + x1) / 2, height - 45), title, "black", large, anchor="mm")
-        for i in range(round((high - low) / 0.05) + 1):
-            pen.line((x0, y(low + i / 20), x1, y(low + i / 20)), "#DDDDDD", 3)
-            pen.text((x0 - 20, y(low + i / 20)), f"{low + i / 20:.2f}", "black", font, anchor="rm")
-        for n in ticks:
-            pen.text((x[n], height - bottom + 20), n, "black", font, anchor="mt")
-        for name, scores in series.items():
-            color = COLORS[name]
-            means = [(x[n], y(statistics.mean(scores[n]))) for n in ticks if n in scores]
-            pen.line([xy for mean in means for xy in mean], color, 8)
-            for mean in means:
-                pen.circle(mean, 14, color)
-            for n, group in scores.items():
-                for value in group:  # its seeds
-                    pen.circle((x[n], y(value)), 8, "white", color, 4)
-            above = name == list(series)[-1]  # the higher of two lines
-            pen.text((x1, means[-1][1] + (-60 if above else 60)), name, color, font, anchor="rm")
+        panel = Image.new("RGB", PANEL, "white")
+        draw_panel(ImageDraw.Draw(panel), title, series, low, high)
+        canvas.paste(panel, (column * width, 0))
     canvas.save(path, optimize=True)
 
 
-def order(key) -> list:
-    """To sort by: numbers by their size, not by their digits, and before words."""
-    parts = re.split(r"(\d+)", str(key))
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+def draw_panel(pen, title, series, low, high):
+    """A line through the means of each series, and a ring for every seed."""
+    width, height = PANEL
+    right, bottom = width - RIGHT, height - BOTTOM
+    font, large = ImageFont.load_default(36), ImageFont.load_default(40)
+
+    def y_of(miou):
+        return bottom - (bottom - TOP) * (miou * 20 - low) / (high - low)
+
+    pen.text((LEFT, 28), "held-out mIoU, random encoder", "black", large)
+    pen.text(((LEFT + right) / 2, height - 45), title, "black", large, anchor="mm")
+    for step in range(low, high + 1):
+        y = y_of(step / 20)
+        pen.line((LEFT, y, right, y), "#DDDDDD", 3)
+        pen.text((LEFT - 20, y), f"{step / 20:.2f}", "black", font, anchor="rm")
+
+    # The ticks at equal distances, as on a logarithmic scale.
+    ticks = set().union(*series.values())
+    x_of = {}
+    for i, tick in enumerate(sorted(ticks, key=in_order)):
+        x_of[tick] = LEFT + (right - LEFT) * (i + 0.5) / len(ticks)
+        pen.text((x_of[tick], bottom + 20), tick, "black", font, anchor="mt")
+
+    for name, scores in series.items():
+        means = []
+        for tick in sorted(scores, key=in_order):
+            means.append((x_of[tick], y_of(statistics.mean(scores[tick]))))
+        pen.line(means, COLORS[name], 8)
+        for mean in means:
+            pen.circle(mean, 14, COLORS[name])
+        for tick, seeds in scores.items():
+            for miou in seeds:
+                pen.circle((x_of[tick], y_of(miou)), 8, "white", COLORS[name], 4)
+        # The name of the higher line stands above it, that of the other one below.
+        above = name == list(series)[-1]
+        y = means[-1][1] + (-60 if above else 60)
+        pen.text((right, y), name, COLORS[name], font, anchor="rm")
+
+
+def main():
+    path = DOCS / "results.csv"
+    known = read_rows(path)
+    columns = list(next(iter(known.values())))
+    for folder in sys.argv[1:]:
+        row = collect(Path(folder))
+        if row is None:
+            print(f"not finished: {folder}", file=sys.stderr)
+        else:
+            known[key(row)] = row
+            columns += [name for name in row if name not in columns]
+    rows = sorted(known.values(), key=lambda row: [in_order(text) for text in key(row)])
+    if len(sys.argv) > 1:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        rows = read_rows(path).values()  # every value as text
+    print_table(rows)
+    plot(curves(rows), DOCS / "curve.png")
 
 
 if __name__ == "__main__":
-    with open(DOCS / "results.csv", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        known = {(row["command"], row["seed"]): row for row in reader}
-    for folder in sys.argv[1:]:
-        if row := collect(Path(folder)):
-            known[row["command"], str(row["seed"])] = row  # the same run again replaces its row
-    with open(DOCS / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, reader.fieldnames, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(known[key] for key in sorted(known, key=order))
-    with open(DOCS / "results.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    print_table(rows)
-    over_epochs: dict[str, dict[str, list[float]]] = {"100 clicks": {}, "dense masks": {}}
-    over_clicks: dict[str, dict[str, list[float]]] = {"20 epochs": {}, "80 epochs": {}}
-    for row in rows:
-        plain = re.sub(r" --(epochs|points) \w+", "", row["command"])
-        if plain == "python train.py --data DIR --weights none":
-            name = {"100": "100 clicks", "all": "dense masks"}.get(row["points"])
-            if name:
-                over_epochs[name].setdefault(row["epochs"], []).append(float(row["miou"]))
-            epochs = f"{row['epochs']} epochs"
-            if epochs in over_clicks:
-                over_clicks[epochs].setdefault(row["points"], []).append(float(row["miou"]))
-    plot({"epochs": over_epochs, "clicks per image": over_clicks}, DOCS / "curve.png")
+    main()

@@ -1,6 +1,6 @@
 """How long until the score of a plain recipe is passed? Timed: training alone, without scoring.
 
-python -m docs.time_to_quality DIR --seed 0
+    python -m docs.time_to_quality DIR --seed 0
 
 The plain recipe is that of the notebook that this repository goes back to: Adam at 1e-3, five
 epochs of batches of 8 images squashed to 256×256, no normalisation, no augmentation, fresh clicks
@@ -24,55 +24,74 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 from pfce import partial_focal_cross_entropy
-from train import evaluate, usable_device
-from unet import UNet, upright
+from train import evaluate, is_fast_at_bfloat16
+from unet import UNet, pick_device, run, upright
 
-SIDE, BATCH, EPOCHS, POINTS = 256, 8, 5, 100
+SIDE, BATCH, POINTS = 256, 8, 100
+CLASSES = len(data.CLASSES)  # that count in the score: all but Unlabeled
 
 
 class Plain(UNet):
     """Sees the whole image at once, squashed to a square."""
 
     @torch.inference_mode()
-    def predict(self, photo):
-        image = upright(photo)
+    def predict(self, image):
+        photo = upright(image)
         self.eval()
-        logits = self(squash(image)[None].to(self.mean.device) / 255).cpu()[:, : len(self.classes)]
-        logits = F.interpolate(logits, size=image.size[::-1], mode="bilinear")  # (1, 5, H, W)
+        logits = self(squash(photo)[None].to(self.mean.device))  # (1, 6, 256, 256)
+        logits = logits[:, :CLASSES].cpu()
+        logits = F.interpolate(logits, photo.size[::-1], mode="bilinear")  # (1, 5, H, W)
         return logits[0].argmax(0).to(torch.uint8).numpy()  # (H, W)
 
 
-def squash(image: Image.Image) -> torch.Tensor:
-    return pil_to_tensor(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))  # (3, 256, 256)
+def squash(photo):
+    small = photo.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return pil_to_tensor(small)  # (3, 256, 256) uint8
 
 
-def train_plain(training, six: data.Classes, device, precision: str, seed: int) -> UNet:
+def train_plain(training, device, epochs, seed):
+    """The trained network of the plain recipe. Prints what it took."""
+    # Dubai's five classes, Unlabeled as a sixth. Black stays without a label.
+    five = data.read_classes(None).rows[:CLASSES]
+    six = data.Classes([*five, ("Unlabeled", data.NO_LABEL[0]), ("", data.NO_LABEL[1])])
+    images, masks = [], []
+    for sample in training:
+        photo = upright(sample.image)
+        mask = six.read_mask(sample.mask, photo)  # (H, W)
+        images.append(squash(photo))
+        masks.append(F.interpolate(mask[None, None], (SIDE, SIDE))[0, 0])  # (256, 256)
+    images = torch.stack(images)  # (M, 3, 256, 256)
+
     torch.manual_seed(seed)
     model = Plain(len(six.names), None).to(device, memory_format=torch.channels_last)
-    model.mean.zero_(), model.std.fill_(1)
-    model.classes = list(data.CLASSES)
-    images = torch.stack([squash(upright(sample.image)) for sample in training])  # uint8
-    masks = [six.read_mask(sample.mask, sample.size)[None, None] for sample in training]
-    masks = torch.cat([F.interpolate(mask, size=(SIDE, SIDE)) for mask in masks])[:, 0]
+    model.mean.zero_()  # no normalisation
+    model.std.fill_(1)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    low_precision = bool(is_fast_at_bfloat16(device))  # as in train.py
     started = time.time()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for batch in torch.randperm(len(images), generator=generator).split(BATCH):
-            target = torch.stack([data.sample_points(masks[i], POINTS, generator) for i in batch])
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = model(images[batch].to(device) / 255)
+            labels = torch.stack([fresh_clicks(masks[i], generator) for i in batch])
+            with torch.autocast(device.type, torch.bfloat16, low_precision):
+                logits = model(images[batch].to(device))  # (N, 6, 256, 256)
+            loss = partial_focal_cross_entropy(logits, labels.to(device))
             optimizer.zero_grad()
-            partial_focal_cross_entropy(logits, target.to(device)).backward()
+            loss.backward()
             optimizer.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    print(f"plain recipe, {EPOCHS} epochs: {time.time() - started:.1f} s", end=", ")
+            loss.item()  # a GPU has to finish before the time is read
+    print(f"plain recipe, {epochs} epochs: {time.time() - started:.1f} s", end=", ")
     return model
 
 
-def run(*flags: str) -> list[dict[str, str]]:
-    """The rows of the metrics.csv of train.py with these flags."""
+def fresh_clicks(mask, generator):
+    """A mask (256, 256) → a label map (256, 256) with 100 labels."""
+    clicks = data.sample_points(mask, POINTS, generator)  # (100, 3)
+    return data.paint(clicks, (SIDE, SIDE), (SIDE, SIDE))
+
+
+def metrics(*flags):
+    """The rows of the metrics.csv that train.py leaves with these flags."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "train.py", "--weights", "none", "--out", out, *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -80,29 +99,27 @@ def run(*flags: str) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="DIR", help="the Dubai images with their masks")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--epochs", type=int, default=5, help="of each recipe [5]")
     args = parser.parse_args()
-    five = data.read_classes(None)
-    six = data.Classes([*five.rows[: len(data.CLASSES)], ("Unlabeled", data.NO_LABEL[0]),
-                        ("", data.NO_LABEL[1])])  # fmt: skip
-    training, held_out = data.split(data.find_samples(data.find_dataset(args.data)), None, False)
-    for sample in training + held_out:
-        sample.size = upright(sample.image).size
-    model = train_plain(training, six, *usable_device("auto"), args.seed)
-    print(f"mIoU {evaluate(model, held_out, five)['miou']:.3f}", flush=True)
+    samples = data.find_samples(data.find_dataset(args.data))
+    training, held_out = data.split(samples, None, clicked=False)
 
-    # The same run twice, which prints the same numbers: once to time it, once to score it.
-    flags = ("--data", args.data, "--seed", str(args.seed))
-    timed, scored = run(*flags, "--score-every", "99"), run(*flags)
+    model = train_plain(training, pick_device(None), args.epochs, args.seed)
+    scores = evaluate(model, held_out, data.read_classes(None))
+    print(f"mIoU {scores['miou']:.3f}", flush=True)
+
+    # `seconds` is the time that an epoch trained, without its scoring.
+    options = {"--data": args.data, "--seed": args.seed, "--epochs": args.epochs}
     seconds = 0.0
-    for epoch, (row, score) in enumerate(zip(timed[:-1], scored), start=1):  # (the last is scored)
+    for row in metrics(*(str(word) for option in options.items() for word in option)):
         seconds += float(row["seconds"])
-        miou = float(score["miou"])
-        print(f"train.py, {epoch} of {len(timed)} epochs: {seconds:.1f} s, mIoU {miou:.3f}")
+        done = f"train.py, {row['epoch']} of {args.epochs} epochs"
+        print(f"{done}: {seconds:.1f} s, mIoU {float(row['miou']):.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

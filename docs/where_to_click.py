@@ -1,87 +1,177 @@
-"""Where should one click? Simulates four annotators, as files for `train.py --clicks`.
+"""Where should one click? Simulates annotators, as files for `train.py --clicks`.
 
-python -m docs.where_to_click DIR --seed 0 --out runs/where
+    python -m docs.where_to_click STRATEGY NUMBER --data DIR --seed 0 --out FILE.csv
 
-leaves uniform_0.csv, grid_0.csv, classes_0.csv and both_0.csv: 100 clicks on every image of DIR,
-- uniform: any labelled pixel, as train.py itself draws them (the very same clicks)
-- grid: one in every cell of 10 × 10
-- classes: equally many on every class that the image holds
-- both: half of them as in grid (a half of the cells, drawn at random), half as in classes
-Where a cell or a class has too few labelled pixels, the rest are uniform: all have equally many.
+puts NUMBER clicks on every training image of DIR, those of the default split or without
+--hold-out. The rest stays unclicked, and `train.py --data DIR --clicks FILE.csv` scores it.
+
+    uniform      any labelled pixel: the very clicks that `train.py --points NUMBER` draws
+    grid         one in each cell of 10 × 10, or of that many cells at random
+    classes      equally many on every class that the image holds
+    both         half of them as in grid, half as in classes
+    unsure       at random among the tenth of the pixels with the smallest margin between the two
+                 largest probabilities
+    unsure-grid  one in each cell, at random among the tenth of its pixels with the smallest margin
+    wrong        at random among the pixels where the map is not what the mask says
+
+The last three look at the maps of a trained model, `--model runs/…/checkpoint.pt`. With
+`--clicks FILE` the new clicks are added to those, and no pixel is clicked twice. So a shell loop can
+do rounds: click, train, click where the model is unsure, train anew. Where a cell, a class or the
+maps have too few such pixels, the rest are uniform: all images get equally many.
 """
 
-import argparse
-import csv
+import itertools
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 import data
-from data import IGNORE_INDEX, generator_for, sample_points
-from unet import upright
+from data import IGNORE_INDEX, sample_points
+from docs.pretrained import load
+from train import at_least, click_rows, seed_for, to_csv, write
+from unet import Parser, pick_device, run, upright
 
-POINTS, SIDE = 100, 10
-
-
-def grid(mask: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """One click in each of n cells: label map (H, W) → label map (H, W)."""
-    (H, W), clicks = mask.shape, torch.full_like(mask, IGNORE_INDEX)
-    for cell in torch.randperm(SIDE * SIDE, generator=generator)[:n].tolist():
-        i, j = divmod(cell, SIDE)
-        rows = slice(i * H // SIDE, (i + 1) * H // SIDE)
-        columns = slice(j * W // SIDE, (j + 1) * W // SIDE)
-        clicks[rows, columns] = sample_points(mask[rows, columns], 1, generator)
-    return clicks
+SIDE = 10  # cells in a row and in a column of the grid
+NO_CLICKS = torch.empty(0, 3, dtype=torch.int64)
 
 
-def classes(mask: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Equally many clicks on every class: label map (H, W) → label map (H, W)."""
-    present, clicks = mask[mask != IGNORE_INDEX].unique(), torch.full_like(mask, IGNORE_INDEX)
+def cells(mask):
+    """The 10 × 10 cells of a label map (H, W), each as two slices: rows and columns."""
+    H, W = mask.shape
+    rows = [H * i // SIDE for i in range(SIDE + 1)]  # where they begin and end
+    columns = [W * i // SIDE for i in range(SIDE + 1)]
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(columns):
+            yield slice(top, bottom), slice(left, right)
+
+
+def without(mask, clicks):
+    """The label map (H, W) without the labels of these clicks: no pixel is clicked twice."""
+    x, y, _ = clicks.T  # (P,) each
+    mask = mask.clone()
+    mask[y, x] = IGNORE_INDEX
+    return mask
+
+
+# ---- How to draw n clicks (n, 3) from a label map (H, W). `sample_points` is one way. ----
+
+
+def grid(mask, n, generator):
+    """One click in each of n cells."""
+    clicks = [NO_CLICKS]
+    every = list(cells(mask))
+    for cell in torch.randperm(len(every), generator=generator)[:n].tolist():
+        rows, columns = every[cell]
+        one = sample_points(mask[rows, columns], 1, generator)  # (1, 3), or (0, 3) without labels
+        corner = torch.tensor([columns.start, rows.start, 0])  # from x, y in the cell to the image
+        clicks.append(one + corner)
+    return torch.cat(clicks)
+
+
+def classes(mask, n, generator):
+    """Equally many clicks on every class. Which of them get one more is random."""
+    present = mask[mask != IGNORE_INDEX].unique()
     order = present[torch.randperm(len(present), generator=generator)].tolist()
+    clicks = [NO_CLICKS]
     for i, c in enumerate(order):
-        one = mask.where(mask == c, IGNORE_INDEX)  # the labels of this class alone
         share = n // len(order) + (i < n % len(order))
-        clicks = torch.minimum(clicks, sample_points(one, share, generator))
-    return clicks
+        of_class = mask.where(mask == c, IGNORE_INDEX)  # (H, W)
+        clicks.append(sample_points(of_class, share, generator))
+    return torch.cat(clicks)
 
 
-def click(mask: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
-    """The label map (H, W) of a simulated annotator: POINTS labels of the mask (H, W)."""
-    clicks = torch.full_like(mask, IGNORE_INDEX)
-    for draw, share in STRATEGIES[strategy]:
-        left = mask.where(clicks == IGNORE_INDEX, IGNORE_INDEX)  # no pixel twice
-        # (IGNORE_INDEX is above every class: the minimum has the labels of both.)
-        clicks = torch.minimum(clicks, draw(left, round(POINTS * share), generator))
-    left = mask.where(clicks == IGNORE_INDEX, IGNORE_INDEX)
-    missing = POINTS - int((clicks != IGNORE_INDEX).sum())
-    return torch.minimum(clicks, sample_points(left, missing, generator))
+def both(mask, n, generator):
+    """Half of the clicks in cells, half by class."""
+    first = grid(mask, n // 2, generator)
+    second = classes(without(mask, first), n - n // 2, generator)
+    return torch.cat([first, second])
 
 
-STRATEGIES = {
-    "uniform": [],
-    "grid": [(grid, 1)],
-    "classes": [(classes, 1)],
-    "both": [(grid, 0.5), (classes, 0.5)],
+DRAW = {
+    "uniform": sample_points,
+    "grid": grid,
+    "classes": classes,
+    "both": both,
+    "unsure": sample_points,
+    "unsure-grid": grid,
+    "wrong": sample_points,
 }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", metavar="DIR", help="images with masks, of Dubai's classes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default="runs/where", metavar="DIR")
+# ---- Where to draw them from, by the maps of a model ----
+
+
+def narrow(mask, strategy, logits):
+    """The label map (H, W) with the labels alone that a strategy clicks on."""
+    if strategy == "wrong":
+        return mask.where(logits.argmax(0) != mask, IGNORE_INDEX)
+    best = logits.softmax(0).topk(2, dim=0).values  # (2, H, W)
+    margin = best[0] - best[1]  # (H, W)
+    if strategy == "unsure":
+        return least(mask, margin)
+    narrowed = mask.clone()
+    for cell in cells(mask):
+        narrowed[cell] = least(mask[cell], margin[cell])
+    return narrowed
+
+
+def least(mask, margin):
+    """The tenth of the labels where the margin is smallest, in a label map or in a cell of it."""
+    margins = margin[mask != IGNORE_INDEX]  # (M,)
+    if len(margins) == 0:  # a cell without labels has no quantile
+        return mask
+    return mask.where(margin <= margins.quantile(0.1), IGNORE_INDEX)
+
+
+def click(sample, legend, model, strategy, n, seed):
+    """Give a sample n clicks more."""
+    photo = upright(sample.image)
+    mask = legend.read_mask(sample.mask, photo)  # (H, W)
+    if sample.clicks is None:
+        sample.clicks = NO_CLICKS
+    # The generator of train.py for the first clicks, another one in every round.
+    number = 1 + len(sample.clicks)
+    generator = torch.Generator().manual_seed(seed_for(seed, sample.name, number))
+    mask = without(mask, sample.clicks)
+    chosen = mask
+    if model:
+        # At the size of the mask, as `predict` has them: margins are smallest between two classes.
+        logits = F.interpolate(model.logits(photo)[None], mask.shape, mode="bilinear")
+        chosen = narrow(mask, strategy, logits[0])
+    clicks = DRAW[strategy](chosen, n, generator)  # (n, 3) or fewer
+    rest = sample_points(without(mask, clicks), n - len(clicks), generator)
+    sample.clicks = torch.cat([sample.clicks, clicks, rest])
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("strategy", choices=DRAW)
+    add("number", type=at_least(1), help="of new clicks on every image")
+    add("--data", required=True, metavar="DIR", help="images with masks")
+    add("--classes", metavar="FILE", help="CSV class,color [Dubai's five]")
+    add("--hold-out", metavar="PATTERN", help="never click these [last 2 of each folder]")
+    add("--clicks", metavar="FILE", help="the clicks that were made before")
+    add("--model", metavar="FILE", help="checkpoint.pt of a run on them")
+    add("--seed", type=int, default=0, help="[0]")
+    add("--out", required=True, type=Path, metavar="FILE", help="CSV image,x,y,class")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    samples, legend = data.find_samples(data.find_dataset(args.data)), data.read_classes(None)
-    masks = [legend.read_mask(s.mask, upright(s.image).size) for s in samples]  # (H, W) each
-    for strategy in STRATEGIES:
-        with open(args.out / f"{strategy}_{args.seed}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("image", "x", "y", "class"))
-            for sample, mask in zip(samples, masks):
-                # (the name and epoch 1, as in `Sample.draw`: uniform is what train.py draws)
-                generator = generator_for(args.seed, sample.name, 1)
-                points = data.list_points(click(mask, strategy, generator))
-                writer.writerows((sample.name, x, y, legend.names[c]) for x, y, c in points)
-        print(file.name)
+    looks = args.strategy in ("unsure", "unsure-grid", "wrong")
+    if looks != bool(args.model):
+        parser.error(f"{args.strategy} {'needs' if looks else 'takes no'} --model")
+    model = load(args.model).to(pick_device(None)) if looks else None
+    legend = data.read_classes(args.classes)
+    samples = data.find_samples(data.find_dataset(args.data))
+    training, _ = data.split(samples, args.hold_out, clicked=False)
+    if args.clicks:
+        data.read_clicks(args.clicks, training, legend)
+    for sample in training:
+        click(sample, legend, model, args.strategy, args.number, args.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write(args.out, to_csv(["image", "x", "y", "class"], click_rows(training, legend)))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run(main)
