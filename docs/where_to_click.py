@@ -15,9 +15,9 @@ puts NUMBER clicks on every training image of DIR, those of the default split or
     wrong        at random among the pixels where the map is not what the mask says
 
 The last three look at the maps of a trained model, `--model runs/…/checkpoint.pt`. With
-`--clicks FILE` the new clicks are added to those, and no pixel is clicked twice. So a shell loop can
-do rounds: click, train, click where the model is unsure, train anew. Where a cell, a class or the
-maps have too few such pixels, the rest are uniform: all images get equally many.
+`--clicks FILE` the new clicks are added to those, and no pixel is clicked twice. So a shell loop
+can do rounds: click, train, click where the model is unsure, train anew. Where a cell, a class or
+the maps have too few such pixels, the rest are uniform: all images get equally many.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def grid(mask, n, generator):
 
 def classes(mask, n, generator):
     """Equally many clicks on every class. Which of them get one more is random."""
-    present = mask[mask != IGNORE_INDEX].unique()
+    present = mask[mask != IGNORE_INDEX].unique()  # the classes of this image
     order = present[torch.randperm(len(present), generator=generator)].tolist()
     clicks = [NO_CLICKS]
     for i, c in enumerate(order):
@@ -112,7 +112,7 @@ def narrow(mask, strategy, logits):
         return least(mask, margin)
     narrowed = mask.clone()
     for cell in cells(mask):
-        narrowed[cell] = least(mask[cell], margin[cell])
+        narrowed[cell] = least(mask[cell], margin[cell])  # each cell has a tenth of its own
     return narrowed
 
 
@@ -137,9 +137,11 @@ def click(sample, legend, model, strategy, n, seed):
     chosen = mask
     if model:
         # At the size of the mask, as `predict` has them: margins are smallest between two classes.
-        logits = F.interpolate(model.logits(photo)[None], mask.shape, mode="bilinear")
+        logits = model.logits(photo)[None]  # (1, C, h, w)
+        logits = F.interpolate(logits, mask.shape, mode="bilinear")  # (1, C, H, W)
         chosen = narrow(mask, strategy, logits[0])
     clicks = DRAW[strategy](chosen, n, generator)  # (n, 3) or fewer
+    # All images get equally many.
     rest = sample_points(without(mask, clicks), n - len(clicks), generator)
     sample.clicks = torch.cat([sample.clicks, clicks, rest])
 
@@ -165,7 +167,7 @@ def main():
     samples = data.find_samples(data.find_dataset(args.data))
     training, _ = data.split(samples, args.hold_out, clicked=False)
     if args.clicks:
-        data.read_clicks(args.clicks, training, legend)
+        data.read_clicks(args.clicks, training, legend)  # not `samples`: these alone count
     for sample in training:
         click(sample, legend, model, args.strategy, args.number, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
