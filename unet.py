@@ -261,7 +261,7 @@ def whole_file(path):
 def reason(error):
     """The message of a library's exception, in one line."""
     text = str(error) or type(error).__name__
-    return text.splitlines()[0][:200]
+    return text.splitlines()[0][:400]
 
 
 def pick_device(name):
