@@ -242,7 +242,7 @@ def draw_picture(path, model, classes, training, held_out):
     pen.font = ImageFont.load_default(18)
     for i, (name, color) in enumerate(legend):
         x, y = 5 + i % 4 * 370, 5 + i // 4 * 28
-        pen.rectangle((x, y, x + 20, y + 20), color, "black")
+        pen.rectangle((x, y, x + 20, y + 20), color)
         pen.text((x + 27, y), name, "black")
 
     def in_color(class_map):
@@ -263,8 +263,12 @@ def draw_picture(path, model, classes, training, held_out):
                 ImageDraw.Draw(cells[1]).circle(center, 5, classes.palette[c], "white", 2)
         if sample.mask:
             cells[3] = in_color(classes.read_mask(sample.mask, photo).numpy())
-        title = f"{'trained on' if sample in training else 'held out'}: {sample.name[-30:]}"
-        captions = (title, "clicks", "prediction", "ground truth")
+        captions = (
+            f"{'trained on' if sample in training else 'held out'}: {sample.name[-30:]}",
+            "clicks",
+            "prediction",
+            "ground truth",
+        )
         for column, cell in enumerate(cells):
             if cell:
                 canvas.paste(cell, (5 + column * 370, top))

@@ -119,7 +119,7 @@ class UNet(nn.Module):
         columns = slices(w, side)
         for rows in slices(h, side):
             batch = torch.stack([pixels[:, rows, column] for column in columns])
-            batch = self(batch.to(self.mean.device)).float().cpu()  # (N, C, side, side)
+            batch = self(batch.to(self.mean.device)).cpu()  # (N, C, side, side)
             for column, z in zip(columns, batch):
                 logits[:, rows, column] += z * weight
                 total[rows, column] += weight
@@ -197,6 +197,8 @@ def upright(image):
     """A Pillow image or a path as RGBA, rotated as a viewer shows it; info["turned"] says if so."""
     if not isinstance(image, Image.Image):
         image = open_image(image)
+    if "turned" in image.info:  # it is upright already
+        return image
     orientation = image.getexif().get(274, 1)
     photo = image.convert("RGBA")
     # Keep only the EXIF orientation: exif_transpose rewrites all tags, and fails on odd ones.
@@ -227,7 +229,7 @@ def open_image(path) -> Image.Image:
 
 def transparent(photo):
     """Where an upright photograph shows nothing, as at an orthomosaic's border: (H, W) bool."""
-    return pil_to_tensor(photo)[3] == 0
+    return pil_to_tensor(photo.getchannel("A"))[0] == 0
 
 
 def shrink(photo, scale):
@@ -247,7 +249,7 @@ def read_checkpoint(path):
 @contextlib.contextmanager
 def whole_file(path):
     """Write a binary file that appears as `path` only once it is complete."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
