@@ -1262,7 +1262,7 @@ def test_an_archive_that_a_browser_left_is_named(tmp_path):
 
 # ==== docs/click.html: a person's clicks, in a real browser ====
 
-PAGE = Path(os.environ.get("CLICK_PAGE", HERE / "docs/click.html")).as_uri()
+PAGE = (HERE / "docs/click.html").as_uri()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --window-size=1200,800"
 
@@ -1354,7 +1354,6 @@ def save(page):
 
 def rows(page):
     """image, x, y, class, width, height of every click."""
-    # READ_CLICKS: hold these against data.read_clicks of the same file, once it is settled
     lines = csv.reader(io.StringIO(save(page)[0].decode()))
     return [[int(v) if v.isdecimal() else v for v in line] for line in lines][1:]
 
@@ -1392,10 +1391,15 @@ def test_a_turned_photograph_is_clicked_as_pillow_turns_it(page, tmp_path, orien
     [shown] = colors(page, aim(page, 60, 90))
     click(page, 60, 90)
 
-    upright = ImageOps.exif_transpose(Image.open(photo))
-    [[_, x, y, _, *size]] = rows(page)
-    assert upright.getpixel((x, y)) == pytest.approx(shown, abs=4)
-    assert upright.size == tuple(size)
+    sample = data.Sample("a.jpg", photo, None)
+    for name, content in zip(("clicks.csv", "classes.csv"), save(page)):
+        (tmp_path / name).write_bytes(content)
+    classes = data.read_classes(tmp_path / "classes.csv")
+    data.read_clicks(tmp_path / "clicks.csv", [sample], classes)  # it checks the size, too
+    [[x, y, _]] = sample.clicks.tolist()
+    assert ImageOps.exif_transpose(Image.open(photo)).getpixel((x, y)) == pytest.approx(
+        shown, abs=4
+    )
 
 
 @each("width, height", [(1, 1), (5000, 4000)])
