@@ -4,8 +4,8 @@ python -m docs.results runs/*  adds the finished ones to docs/results.csv, then 
 python -m docs.results         reads docs/results.csv, prints the table, draws docs/curve.png
 
 A row is one run: its command, its seed, its device, and the scores of its last epoch. The same run
-again replaces its row. Minutes are those of training alone, without scoring. (In rows without a
-device, older ones of a CPU, they are those of the epoch with its scoring.)
+again replaces its row. Minutes are those of training alone, without scoring.
+docs/results_b1aa324.csv has the rows of the version before, whose minutes include the scoring.
 """
 
 import csv
@@ -88,6 +88,8 @@ def command(config):
 
 def read_rows(path):
     """The rows of results.csv by what makes them the same run."""
+    if not path.exists():
+        return {}
     with open(path, encoding="utf-8") as file:
         return {key(row): row for row in csv.DictReader(file)}
 
@@ -199,6 +201,8 @@ def draw_panel(pen, title, series, low, high):
         pen.text((x_of[tick], bottom + 20), tick, "black", font, anchor="mt")
 
     for name, scores in series.items():
+        if not scores:  # no run of it yet
+            continue
         means = []
         for tick in sorted(scores, key=in_order):
             means.append((x_of[tick], y_of(statistics.mean(scores[tick]))))
@@ -217,7 +221,9 @@ def draw_panel(pen, title, series, low, high):
 def main():
     path = DOCS / "results.csv"
     known = read_rows(path)
-    columns = list(next(iter(known.values())))
+    columns = []
+    for row in known.values():
+        columns += [name for name in row if name not in columns]
     for folder in sys.argv[1:]:
         row = collect(Path(folder))
         if row is None:  # told, since a table without it may look complete
