@@ -1,4 +1,4 @@
-"""Every test of the project, a list of promises. Each name says what would be broken if it failed."""
+"""Every test of the project, a list of promises. A name says what would be broken if it failed."""
 
 import copy
 import csv

@@ -102,7 +102,7 @@ def main(args):
 
     # 6. The folder of the run, new or resumed. Its checkpoint holds all that predicting and
     # resuming need.
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}  # by their state_dict
     names = [sample.name for sample in training]
     state = {"rows": classes.rows, "settings": settings, "names": names, "history": []}
     clicks = to_csv(["image", "x", "y", "class"], click_rows(training, classes))
@@ -165,7 +165,7 @@ def main(args):
         print(f"epoch {epoch}/{args.epochs}  loss {history[-1]['loss']:.4f}{score}", flush=True)
 
     # 8. The scores, and a picture of them.
-    for name, score in scores.items():
+    for name, score in scores.items():  # of the last epoch
         if score is not None:  # as for a class that no held-out image has
             print(f"  {name:<20} {score:.3f}")
     draw_picture(out / "predictions.png", model, classes, training, held_out)
