@@ -603,7 +603,6 @@ def test_a_training_image_takes_a_byte_a_pixel_or_two_where_dense(tmp_path, poin
     (labelled,) = data.Crops([sample], 64).labelled
 
     assert sample.pixels.nbytes + sample.clicks.nbytes + labelled.nbytes <= most * 300 * 400
-    assert len(labelled) == 30_000 or points == 100  # where dense, every cell has a label
 
 
 # ==== data.py: folders ====
@@ -737,11 +736,11 @@ def test_colours_of_no_class_are_counted_and_above_a_tenth_refused(tmp_path):
     mask = np.full((80, 96, 3), PALETTE[0])
     mask[:8] = 255, 255, 0  # a tenth
 
-    label_map = read_mask(classes, draw_png(f"{tmp_path}/a.png", mask))
+    read_mask(classes, draw_png(f"{tmp_path}/a.png", mask))
     mask[8, 0] = 0, 1, 2
     draw_png(f"{tmp_path}/b.png", mask)
 
-    assert (label_map[:8] == IGNORE_INDEX).all() and classes.strays == {"#FFFF00": 8 * 96}
+    assert classes.strays == {"#FFFF00": 8 * 96}
     assert_refused("b.png 10% #FFFF00 #000102", read_mask, classes, f"{tmp_path}/b.png")
 
 
@@ -914,15 +913,11 @@ def test_demo_as_a_user_starts_it_and_its_files_to_look_at(tmp_path):
     assert len(table(f"{out}/clicks.csv")) == 28 * 100
 
 
-@each("seed, same", [(0, True), (1, False)])
-def test_same_command_gives_the_same_numbers_and_another_seed_does_not(
-    finished, photos, out, seed, same
-):
-    fit(photos, f"--seed {seed} --score-every 2")
+def test_another_seed_gives_other_clicks_and_numbers(finished, photos, out):
+    fit(photos, "--seed 1")
 
     for name in ("metrics.csv", "clicks.csv"):
-        last = table(f"{out}/{name}")[-1]
-        assert (last == table(f"{finished}/{name}")[-1]) == same
+        assert table(f"{out}/{name}")[-1] != table(f"{finished}/{name}")[-1]
 
 
 def test_scores_are_those_of_predict_at_the_held_out_masks_own_resolution(finished):
@@ -942,10 +937,10 @@ def test_scores_are_those_of_predict_at_the_held_out_masks_own_resolution(finish
     assert scores == pytest.approx([np.mean(ious), *ious], abs=1e-6)
 
 
-def cells_of(out):
-    """predictions.png as four rows of cells (300, 360, 3): image, clicks, prediction, truth."""
-    rows = np.array(Image.open(f"{out}/predictions.png"))[-1360:]
-    return rows.reshape(4, 340, 4, 370, 3).swapaxes(1, 2)[:, :, :300, 5:365]
+def cells_of(out, count=4):
+    """predictions.png as rows of cells (300, 360, 3): image, clicks, prediction, truth."""
+    rows = np.array(Image.open(f"{out}/predictions.png"))[-340 * count :]
+    return rows.reshape(count, 340, 4, 370, 3).swapaxes(1, 2)[:, :, :300, 5:365]
 
 
 def colors_of(cells):
@@ -970,6 +965,7 @@ def test_picture_shows_training_images_with_their_clicks_and_held_out_ones_witho
 def assert_same_run(out, finished):
     for name in ("metrics.csv", "clicks.csv"):
         assert table(f"{out}/{name}") == table(f"{finished}/{name}")
+    # Ground truth is shown where it was read: not that of images that someone clicked on.
     assert np.array_equal(cells_of(out)[:, :3], cells_of(finished)[:, :3])
 
 
@@ -988,14 +984,14 @@ def test_held_out_images_without_a_mask_are_scored_at_their_clicks(finished, pho
     shutil.rmtree(photos / "masks")
     clicks = shutil.copy(finished / "clicks.csv", photos)
     with open(clicks, "a") as file:
-        file.write("images/3.png,40,30,Road\nimages/3.png,41,50,Water\n")
+        file.writelines(f"images/3.png,{10 * c},30,{name}\n" for c, name in enumerate(CLASSES))
 
     fit(photos, f"--epochs 1 --clicks {clicks} --hold-out *3.png")
 
     accuracy = table(f"{out}/metrics.csv")[0]["pixel_accuracy"]
     guess = unet.UNet.load(f"{out}/checkpoint.pt").predict(f"{photos}/images/3.png")
-    right = (guess[30, 40] == 2, guess[50, 41] == 4)
-    assert float(accuracy) == sum(right) / 2
+    assert float(accuracy) == np.mean(guess[30, :50:10] == range(5))
+    assert colors_of(cells_of(out, 3)[2, 1]) > {*PALETTE}
 
 
 def watch(monkeypatch, module, name):
@@ -1004,9 +1000,15 @@ def watch(monkeypatch, module, name):
     return mock
 
 
-@each("able, weights, gentler", [("", "none", 1), ("amx_bf16", "r34.pth", 10)])
+@each_row(
+    "able, precision, weights, rate",
+    """
+        none | float32 | none | 0.5
+        amx_bf16 | bfloat16 | r34.pth | 0.05
+    """,
+)
 def test_loop_uses_gamma_alpha_precision_areas_and_a_tenth_of_the_rate_where_pretrained(
-    photos, monkeypatch, able, weights, gentler
+    photos, monkeypatch, able, precision, weights, rate
 ):
     monkeypatch.chdir(photos)
     torch.save(unet.resnet34().state_dict(), "r34.pth")
@@ -1020,10 +1022,9 @@ def test_loop_uses_gamma_alpha_precision_areas_and_a_tenth_of_the_rate_where_pre
     (logits, _), options = loss.call_args
     optimizer, *rates = cycle.call_args.args
     config = json.loads(Path("../run/config.json").read_text())
-    precision = "bfloat16" if able else "float32"
     assert options == {"gamma": 1.5, "alpha": 0.7}
     assert sampler.call_args.args == ([48 * 40] * 2, 8)  # without the padding
-    assert rates == [[0.5 / gentler, 0.5], 2]
+    assert rates == [[float(rate), 0.5], 2]
     assert [len(group["params"]) for group in optimizer.param_groups] == [108, 32]  # all learn
     assert str(logits.dtype) == f"torch.{precision}" and config["precision"] == precision
     assert config.keys() > {*vars(train.parse_args([])), "threads", "torch"}
@@ -1039,14 +1040,21 @@ def test_own_classes_are_trained_on_and_drawn_and_what_cannot_be_used_is_told(ph
     draw_png(f"{photos}/images/00.png", noise(80, 96, 3))
     draw_png(f"{photos}/images/1.png", noise(96, 80, 3), exif=TURNED)
     (photos / "images/notes.txt").touch()
-    read_classes(photos, "class,color\nGrund,0\nGebäude 道路,255\n,7\nSea,8\n")
+    read_classes(
+        photos, "class,color\nGrund,0\nGebäude 道路,255\n,7\nA,1\nB,2\nC,3\nD,4\nE,5\nF,6\n"
+    )
 
     fit(photos, f"--epochs 1 --points all --classes {photos}/classes.csv")
 
     told = capsys.readouterr().out
-    words = "notes.txt 77.png 1_images_left_out stored_turned 3_pixels #090909 without_labels"
+    words = "3,867 notes.txt 77.png 1_images_left_out stored_turned 3_pixels #090909 without_labels"
     assert all(word.replace("_", " ") in told for word in words.split())
-    assert table(f"{out}/metrics.csv")[0]["iou_Gebäude 道路"] and not table(f"{out}/clicks.csv")
+    row = table(f"{out}/metrics.csv")[0]
+    mean, *ious = [
+        float(row[name]) for name in row if "iou" in name and row[name]
+    ]  # A … F may have none
+    assert mean == pytest.approx(np.mean(ious), abs=1e-6)
+    assert row["iou_Gebäude 道路"] and not table(f"{out}/clicks.csv")
     drawn = sorted(colors_of(cells_of(out)[2:, 3]))
     assert len(drawn) == 3 and np.abs(np.diff(drawn, axis=0)).sum(1).min() > 50
 
