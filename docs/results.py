@@ -3,7 +3,8 @@
 python -m docs.results runs/*  adds the finished ones to docs/results.csv, then does as below
 python -m docs.results         reads docs/results.csv, prints the table, draws docs/curve.png
 
-A row is one run: its command, its seed, its device, and the scores of its last epoch. The same run
+Collect the runs of a GPU on its machine: that is where the GPU's name is read. A row is one run:
+its command, its seed, its device, and the scores of its last epoch. The same run
 again replaces its row. Minutes are those of training alone, without scoring.
 docs/results_b1aa324.csv has the rows of the version before, whose minutes include the scoring.
 """
@@ -17,6 +18,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from train import parse_args
@@ -63,6 +65,8 @@ def collect(folder):
             row[name] = score
     for name in ("device", "torch", "precision", "threads"):
         row[name] = config[name]
+    if config["device"] == "cuda" and torch.cuda.is_available():  # which one?
+        row["device"] = torch.cuda.get_device_name()
     return row
 
 
