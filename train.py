@@ -400,12 +400,12 @@ def parse_args(argv=None):
         path = Path(args.resume, "config.json")
         try:
             config = json.loads(path.read_text())
-            own = {name: config[name] for name in vars(args).keys() - {"device", "resume"}}
+            own = {name: config[name] for name in vars(args).keys() - {"resume"}}
         except (ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged, or of another version of train.py") from error
         parser.set_defaults(**own)
         args = parser.parse_args(argv)
-        for name in own.keys() - {"data", "masks", "clicks"}:
+        for name in own.keys() - {"data", "masks", "clicks", "device"}:
             if getattr(args, name) != own[name]:
                 parser.error(f"--resume keeps {name} = {own[name]}; to change it, start a new run")
     return parser.parse_args(argv)

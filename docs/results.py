@@ -4,8 +4,8 @@ python -m docs.results runs/*  adds the finished ones to docs/results.csv, then 
 python -m docs.results         reads docs/results.csv, prints the table, draws docs/curve.png
 
 Collect the runs of a GPU on its machine: that is where the GPU's name is read. A row is one run:
-its command, its seed, its device, and the scores of its last epoch. The same run
-again replaces its row. Minutes are those of training alone, without scoring.
+its command, its seed, its device, and the scores of its last epoch. The same run again replaces
+its row. Minutes are those of training alone, without scoring.
 docs/results_b1aa324.csv has the rows of the version before, whose minutes include the scoring.
 """
 
@@ -27,8 +27,7 @@ DOCS = Path(__file__).resolve().parent
 COLORS = {
     "100 clicks": "#EF6C00",
     "dense masks": "#1565C0",
-    "20 epochs": "#43A047",
-    "80 epochs": "#1B5E20",
+    "20 epochs": "#2E7D32",
 }
 # Options that change no number, or have a column of their own.
 UNTOLD = {"data", "out", "device", "resume", "seed", "demo", "score_every"}
@@ -129,7 +128,7 @@ def print_table(rows):
         miou, accuracy = spread(runs, "miou"), spread(runs, "pixel_accuracy")
         minutes = statistics.median(float(run["minutes"]) for run in runs)
         seeds = ", ".join(run["seed"] for run in runs)
-        print(f"| `{words}` | {miou} | {accuracy} | {minutes:.0f} | {seeds} | {where} |")
+        print(f"| `{words}` | {miou} | {accuracy} | {minutes:.1f} | {seeds} | {where} |")
 
 
 def spread(runs, name):
@@ -147,7 +146,7 @@ def spread(runs, name):
 def curves(rows):
     """Two panels: series → tick → mIoU of each seed, from the plain runs of one device."""
     over_epochs = {"100 clicks": defaultdict(list), "dense masks": defaultdict(list)}
-    over_clicks = {"20 epochs": defaultdict(list), "80 epochs": defaultdict(list)}
+    over_clicks = {"20 epochs": defaultdict(list)}
     # A few runs repeated on another device must not count twice.
     usual = statistics.mode(device(row) for row in rows)
     for row in rows:
