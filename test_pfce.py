@@ -477,7 +477,7 @@ def test_map_shows_the_predicted_classes_and_confidence_their_probability(draw_m
 def test_maps_lie_as_their_photographs_do_overwrite_nothing_and_no_error_stops_them(
     draw_maps, capsys
 ):
-    save_photos("a/1.jpg", "b/1.jpg", "b/2.TIF", "b/2.webp", "maps/a/1.png")
+    save_photos("a/1.jpg", "b/1.jpg", "b/2.TIF", "b/2.webp", "b/masks/1.png", "maps/a/1.png")
     Path("b/0.jpg").write_text("no photograph")
     Path("b/notes.txt").touch()
 

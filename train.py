@@ -264,7 +264,7 @@ def draw_picture(path, model, classes, training, held_out):
         if sample.mask:
             cells[3] = in_color(classes.read_mask(sample.mask, photo).numpy())
         captions = (
-            f"{'trained on' if sample in training else 'held out'}: {sample.name[-32:]}",
+            f"{'training' if sample in training else 'held out'}: {sample.name[-32:]}",
             "clicks",
             "prediction",
             "ground truth",

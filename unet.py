@@ -111,7 +111,7 @@ class UNet(nn.Module):
         pixels = shrink(upright(image), self.scale)  # (3, h, w) uint8
         _, h, w = pixels.shape
         side = min(h, w, self.window)
-        hat = torch.bartlett_window(side + 2, periodic=False)[1:-1]  # (side,), high in the middle
+        hat = torch.bartlett_window(side + 1)[1:]  # (side,), high in the middle
         weight = torch.outer(hat, hat)  # (side, side)
         logits = torch.zeros(self.head.out_channels, h, w)
         total = torch.zeros(h, w)
@@ -328,7 +328,7 @@ def write_maps(model, path, target, confidence):
             picture.save(file, "TIFF" if tags else "PNG", tiffinfo=tags)
         if world and not tags and not photo.info["turned"]:
             name.with_suffix(".pgw").write_bytes(world.read_bytes())
-    counts = class_map.flatten().bincount(minlength=256)[: len(logits)]  # (C,)
+    counts = class_map.flatten().bincount(minlength=256)[:-1]  # (255,), without transparent
     shares = [f" {name} {n / counts.sum():.1%}" for name, n in zip(model.classes, counts)]
     print(target, *shares)
 
@@ -345,8 +345,14 @@ def main():
     model = UNet.load(args.checkpoint).to(pick_device(args.device))
     photos = []
     for path in args.photos:
-        below = [f for f in sorted(path.rglob("[!.]*")) if f.suffix.lower() in IMAGE_TYPES]
-        photos += [f for f in below if args.out not in f.parents] or [path]
+        below = [
+            file
+            for file in sorted(path.rglob("[!.]*"))
+            if file.suffix.lower() in IMAGE_TYPES
+            and not file.parent.name.startswith("masks")
+            and args.out not in file.parents
+        ]
+        photos += below or [path]
     top = os.path.commonpath([path.absolute().parent for path in photos])
     plan = {}
     for path in photos:

@@ -217,7 +217,7 @@ def draw_panel(pen, title, series, low, high):
                 pen.circle((x_of[tick], y_of(miou)), 8, "white", COLORS[name], 4)
         # The name of the higher line stands above it, that of the other one below.
         above = name == list(series)[-1]
-        y = means[-1][1] + (-60 if above else 60)
+        y = means[-1][1] + (-75 if above else 60)
         pen.text((right, y), name, COLORS[name], font, anchor="rm")
 
 
