@@ -1,8 +1,8 @@
-"""The data: find or download it, split it, click on it, cut training crops from it.
+"""The data, from files to tensors and back: find it, split it, click on it, cut crops from it.
 
     find_samples ─► split ─► training: photograph + clicks ─► pixels (4, h, w) ─► Crops ─► batches
                       │                            ▲
-                      │        sample_points (simulated) or read_clicks (your own)
+                      │        sample_points (simulated) or read_clicks (your clicks)
                       ▼
                    held out: scored on a label map (H, W), of a mask or of clicks
 
@@ -13,48 +13,35 @@ Centre, CC0: 72 satellite images of Dubai, `Tile 1..8/images/image_part_001..009
 A *label map* is an integer tensor (H, W): the class where labelled, IGNORE_INDEX elsewhere.
 Letters in shapes: H, W original size; h, w size after scaling; S side of a training crop.
 
-The method comes first: split, click, crop. Then come the files: where the photographs are, what the
-colours of masks mean, and how clicks are read from a table.
+The method comes first: split, click, paint, crop. What follows opens other people's files:
+photographs, folders, masks, and tables of clicks.
 """
 
-import contextlib
 import csv
 import fnmatch
 import glob
+import hashlib
 import io
 import os
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+import torch.nn.functional as F
+from PIL import Image, ImageColor, TiffImagePlugin
+from PIL.Image import Transpose
 from torch import Tensor
-
-from unet import (
-    IGNORE_INDEX,
-    IMAGE_TYPES,
-    UserError,
-    geo_tags,
-    open_image,
-    reason,
-    transparent,
-    upright,
-    world_file,
-)
+from torchvision.transforms.functional import pil_to_tensor
 
 CLASSES = ("Building", "Land", "Road", "Vegetation", "Water")
 PALETTE = ((60, 16, 152), (132, 41, 246), (110, 193, 228), (254, 221, 58), (226, 169, 41))
-NO_LABEL = ((155, 155, 155), (0, 0, 0))  # Dubai's Unlabeled, and black: 0.6 % of the pixels
-KAGGLE_NAME = "humansintheloop/semantic-segmentation-of-aerial-imagery"
-FOLDER = "Semantic segmentation dataset"  # what the archive unzips to
-NUMBERS = {"x", "y", "map_x", "map_y", "width", "height"}  # columns of a file of clicks
-
-
-# ---- The method: split, click, crop ----
+NO_LABEL = [("", (155, 155, 155)), ("", (0, 0, 0))]  # Unlabeled, and black: 0.6 % of the pixels
+IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
 
 
 @dataclass(eq=False)
@@ -70,18 +57,13 @@ class Sample:
 
 
 def split(samples, pattern, clicked):
-    """(training, held-out) samples. With own clicks, images without any label are in neither.
+    """(training, held-out) samples. With your clicks, images without any label are in neither.
 
     Held out are the images that match `pattern`: a path, a folder or a glob. Without one: those
     with a mask but no clicks or, if nothing was clicked, the last two of every folder.
     """
     if pattern:
-        folder = pattern.removesuffix("*").rstrip("/")  # compared literally: "[2021]" is a name
-        held_out = []
-        for sample in samples:
-            inside = sample.name == folder or sample.name.startswith(f"{folder}/")
-            if inside or fnmatch.fnmatchcase(sample.name, pattern):
-                held_out.append(sample)
+        held_out = [sample for sample in samples if matches(sample.name, pattern)]
         if len(held_out) in (0, len(samples)):
             raise UserError(
                 f"--hold-out {pattern} matches {len(held_out)} of {len(samples)} images, such as "
@@ -142,6 +124,34 @@ def paint(clicks, size, shape):
     return torch.from_numpy(label_map)
 
 
+def prepare(sample, classes, points, seed, scale, size):
+    """Give a training sample its pixels and, unless someone has clicked on it, simulated clicks."""
+    photo = open_photo(sample.image)
+    if sample.clicks is None:
+        mask = classes.read_mask(sample.mask, photo)  # (H, W)
+        generator = torch.Generator().manual_seed(seed_for(seed, sample.name))
+        count = mask.numel() if points == "all" else points
+        sample.clicks = sample_points(mask, count, generator)  # (P, 3)
+    image = resize(photo, scale)  # (3, h, w) uint8
+    _, h, w = image.shape
+    labels = paint(sample.clicks, photo.size, (h, w))  # (h, w) uint8
+    # Stacked, so that crops and flips act on image and label alike. Images smaller than a crop are
+    # padded with white that has no label.
+    pixels = torch.cat([image, labels[None]])  # (4, h, w)
+    padding = (0, max(0, size - w), 0, max(0, size - h))  # right and below
+    sample.pixels = F.pad(pixels, padding, value=IGNORE_INDEX)
+    sample.area = h * w
+    if points == "all":
+        sample.clicks = sample.clicks[:0]  # they would take 24 bytes a pixel
+
+
+def truth_map(sample, photo, classes):
+    """The label map (H, W) to score a held-out photograph on: its mask, or else its clicks."""
+    if sample.mask:
+        return classes.read_mask(sample.mask, photo)
+    return paint(sample.clicks, photo.size, (photo.height, photo.width))
+
+
 class Crops(torch.utils.data.Dataset):
     """Item i is a square around a random label of image i, rotated and flipped: (4, S, S) uint8."""
 
@@ -160,27 +170,206 @@ class Crops(torch.utils.data.Dataset):
         S, pixels, labelled = self.size, self.pixels[i], self.labelled[i]
         _, h, w = pixels.shape
         # Pick a label, so that no crop is empty, then a window that contains it.
-        y, x = divmod(int(labelled[draw(0, len(labelled) - 1)]), w)
-        top = draw(max(0, y - S + 1), min(y, h - S))
-        left = draw(max(0, x - S + 1), min(x, w - S))
+        y, x = divmod(int(labelled[random_int(0, len(labelled) - 1)]), w)
+        top = random_int(max(0, y - S + 1), min(y, h - S))
+        left = random_int(max(0, x - S + 1), min(x, w - S))
         crop = pixels[:, top : top + S, left : left + S]  # (4, S, S)
         # Augmentation: seen from above, no direction is special. (Colours would be crop[:3].)
-        if draw(0, 1):
+        if random_int(0, 1):
             crop = crop.flip(2)
-        return crop.rot90(draw(0, 3), (1, 2))
+        return crop.rot90(random_int(0, 3), (1, 2))
 
 
-def draw(low, high):
+def random_int(low, high):
     """A random whole number from low to high, both included."""
     return int(torch.randint(low, high + 1, ()))
 
 
-# ---- Finding the photographs and their masks ----
+def seed_for(seed, what, number=1):
+    """A seed that depends on its arguments alone, not on what was drawn before."""
+    digest = hashlib.sha256(repr((seed, what, number)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+# ---- If you read for the method, stop here. What follows accepts other people's files. ----
+
+IMAGE_TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .png .tif .tiff .webp".split()  # noqa: SIM905
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # whatever the suffix says
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: position and coordinate system
+MARK = "unet.py"  # the tag Software of class maps, by which they are told from photographs
+KAGGLE_NAME = "humansintheloop/semantic-segmentation-of-aerial-imagery"
+FOLDER = "Semantic segmentation dataset"  # what the archive unzips to
+NUMBERS = {"x", "y", "map_x", "map_y", "width", "height"}  # columns of a file of clicks
+DUBAI = [*zip(CLASSES, PALETTE), *NO_LABEL]  # rows of Classes
+CLICKS = ("image,x,y,class", "image,map_x,map_y,class")  # their headers
+ROTATE = {  # EXIF orientation → what makes the picture upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+Image.MAX_IMAGE_PIXELS = None  # orthomosaics are large
+# An internal mask of GDAL: a page of photometric interpretation 4, which Pillow does not know.
+TiffImagePlugin.OPEN_INFO[TiffImagePlugin.II, 4, (1,), 1, (1,), ()] = ("1", "1")
+
+
+class UserError(ValueError):
+    """A user's mistake. The message names the file or the flag, and the remedy."""
+
+
+# ---- Photographs, and other pictures ----
+
+
+def open_photo(image):
+    """A path or a Pillow image as RGBA, upright as a viewer shows it; info["rotated"] says if so.
+
+    Alpha is 0 where nothing is shown. Raises UserError for what Pillow cannot read, or misreads.
+    """
+    if "rotated" in getattr(image, "info", ()):
+        return image  # it was opened here
+    with open_image(image) as image:
+        opacity = tiff_opacity(image) if image.format == "TIFF" else None
+        image = image.convert("RGBA")  # under the same name, so that what was decoded is freed
+        # Soft edges have less than a tenth of the pixels.
+        if sum(image.histogram()[-256:][8:248]) > image.width * image.height / 10:
+            raise ValueError("its fourth band is no opacity (near infrared?)")
+    if opacity is not None:
+        image.putalpha(Image.fromarray(opacity & np.asarray(image.getchannel("A"))))
+    photo = rotate(image)
+    photo.info = {"rotated": photo is not image}
+    return photo
+
+
+@contextmanager
+def open_image(image):
+    """Open a picture by its path, or take a Pillow image, and refuse what Pillow would misread.
+
+    Whatever goes wrong until the end of the block is one line that names the file.
+    """
+    name = getattr(image, "filename", image)
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.open(image, formats=FORMATS)
+        # ;16 is RGB of 16 bits, of which Pillow silently keeps 8.
+        if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
+            raise ValueError("more than 8 bits a channel")
+        if image.format == "TIFF":
+            if image.tag_v2.get(274, 1) != 1:
+                raise ValueError("it has an orientation, which Pillow follows and GDAL ignores")
+            # Their sizes in bytes: where one is missing, Pillow reads the file's own header.
+            if 0 in image.tag_v2.get(325, image.tag_v2.get(279, ())):
+                raise ValueError("blocks are missing in it (a sparse TIFF)")
+        yield image
+    except Exception as error:  # broken files raise exceptions of any type
+        raise UserError(
+            f"{name}: {reason(error)}; save it upright, with three 8-bit bands or one"
+        ) from error
+
+
+def tiff_opacity(image):
+    """0 where a TIFF's nodata value or internal mask hides the photograph, else 255: (H, W) uint8.
+
+    As in GDAL's dataset mask, nodata hides a pixel where all its bands have that value.
+    """
+    opacity = np.full((image.height, image.width), 255, np.uint8)
+    for page in range(1, image.n_frames):
+        image.seek(page)
+        if image.tag_v2.get(254) == 4:  # a mask of full size; masks of overviews have 5
+            opacity = np.array(image.convert("L"))
+    image.seek(0)
+    nodata = image.tag_v2.get(42113)
+    if nodata is not None:
+        shown = np.zeros_like(opacity)
+        for name in image.getbands():
+            shown |= np.asarray(image.getchannel(name)) != float(nodata.strip("\0 "))
+        opacity *= shown
+    return opacity
+
+
+def rotate(image):
+    """The picture as a viewer shows it, by its EXIF."""
+    method = ROTATE.get(tags_of(image).get(274))
+    return image if method is None else image.transpose(method)
+
+
+def tags_of(image):
+    """TIFF or EXIF tags. Not those in XMP, which Pillow mixes in and no viewer follows."""
+    if hasattr(image, "tag_v2"):
+        return image.tag_v2
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif
+
+
+def transparent(photo):
+    """Where an upright photograph shows nothing, as at an orthomosaic's border: (H, W) bool."""
+    return pil_to_tensor(photo.getchannel("A"))[0] == 0
+
+
+def resize(photo, scale):
+    """(H, W) → (3, h, w) uint8, in training and in `predict` alike. No side falls below 32."""
+    w, h = (max(32, round(side * scale)) for side in photo.size)
+    return pil_to_tensor(photo.convert("RGB").resize((w, h), Image.Resampling.BILINEAR))
+
+
+def read_tags(path):
+    """The TIFF or EXIF tags of a file, {} where Pillow cannot read it."""
+    with suppress(Exception), Image.open(path) as image:
+        return dict(tags_of(image))
+    return {}
+
+
+def geo_tags(path):
+    """The georeferencing tags of a GeoTIFF; {} for any other file."""
+    return {tag: value for tag, value in read_tags(path).items() if tag in GEO_TAGS}
+
+
+def world_file(path):
+    """The world file beside a.jpg, such as a.jgw, a.jpgw or a.wld, or None.
+
+    None, too, where EXIF rotates the photograph: it fits the pixels as they are stored.
+    """
+    if read_tags(path).get(274) in ROTATE:
+        return None
+    suffix = path.suffix  # .jpg
+    for name in (f"{suffix[:2]}{suffix[-1:]}w", f"{suffix}w", ".wld"):
+        for file in (path.with_suffix(name.lower()), path.with_suffix(name.upper())):
+            if file.is_file():
+                return file
+    return None
+
+
+@contextmanager
+def whole_file(path):
+    """Write a binary file that appears as `path` only once it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # no space left; torch raises RuntimeError
+        raise UserError(f"{path} was not written: {reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def reason(error):
+    """The message of a library's exception, in one line."""
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0][:400]
+
+
+# ---- Folders: the photographs and their masks ----
 
 
 def find_dataset(folder):
     """The folder of the photographs; by default `data`, filled from Kaggle if it is empty."""
     root = Path(folder or "data").absolute()
+    if root.is_file():
+        raise UserError(f"--data {folder} is a file: give its folder")
     # An empty folder that the user named is a mistake: nothing is downloaded into it.
     if folder is None and not list_images(root):
         fetch(root)
@@ -190,8 +379,6 @@ def find_dataset(folder):
 
 def fetch(root):
     """Download Kaggle's archive and unzip it to `root/FOLDER`, all of it or nothing."""
-    for archive in root.glob("*.zip"):  # as a browser leaves it
-        raise UserError(f"no image in {root}, but {archive}: unzip that there")
     print(f"no image in {root}: downloading {KAGGLE_NAME} (32 MB) from Kaggle")
     if Path("kaggle.json").is_file():  # a token in the working directory counts, too
         os.environ.setdefault("KAGGLE_CONFIG_DIR", os.getcwd())
@@ -200,7 +387,7 @@ def fetch(root):
         root.mkdir(parents=True, exist_ok=True)
         # An interrupted download must not look like a dataset: unpack elsewhere, then rename.
         with tempfile.TemporaryDirectory(prefix=".partial", dir=root) as temporary:
-            with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+            with redirect_stdout(noise), redirect_stderr(noise):
                 import kaggle  # here, because nothing else needs a network
 
                 kaggle.api.dataset_download_files(KAGGLE_NAME, path=temporary, unzip=True)
@@ -223,59 +410,81 @@ def list_images(root):
             continue  # a NAS hides its own pictures in @eaDir
         # The predictions.png of a run is no photograph.
         of_run = path.with_name("config.json").exists() and path.with_name("metrics.csv").exists()
-        if of_run and path.parent != root:
-            print(f"note      {path.parent} is the folder of a run: passed over")
-        else:
+        if not of_run or path.parent == root:
             images.setdefault(path.resolve(), path)
     return sorted(images.values())
 
 
-def find_samples(root, masks=None):
+def is_mask(path, root):
+    """Whether an image below `root` lies in a folder called masks, masks_png or the like."""
+    return "masks" in comparable(path.relative_to(root).parent)
+
+
+def list_photos(root):
+    """The photographs below a folder: all images but masks, and maps, which unet.py marks."""
+    images = [path for path in list_images(root) if not is_mask(path, root)]
+    return [path for path in images if read_tags(path).get(305) != MARK]
+
+
+def find_samples(root, masks=None, clicked=False):
     """Every photograph below `root` with its mask, or None, as Samples.
 
     A mask has the path of its photograph, whatever the suffix and capitals: below the folder
     `masks` if that is given, else with "masks" for "images", or in `masks/` beside the photograph.
+    Raises UserError if two photographs share a mask; if `clicked`, neither has it then.
     """
-    images = list_images(root)
-    # Name what is skipped: it may be of a type that is not in IMAGE_TYPES.
-    others = []
-    for folder in {path.parent for path in images}:
-        others += [f for f in folder.glob("[!.]*.*") if f.suffix.lower() not in IMAGE_TYPES]
-    if others:
-        print(f"note      passed over {len(others)} other files, such as {min(others)}")
+    photos = list_photos(root)
+    if not photos:
+        raise UserError(f"no image in --data {root}, none of {', '.join(IMAGE_TYPES)}")
 
-    # Masks first; the rest are photographs.
     mask_of = {}  # pair_key: mask
-    for path in list_images(Path(masks)) if masks else images:
-        if masks or "masks" in fold(path.relative_to(root).parent):
+    for path in list_images(Path(masks or root)):
+        if masks or is_mask(path, root):
             key = pair_key(path, masks or root)
             if key in mask_of:
                 raise UserError(f"{mask_of[key]} and {path} are masks of one image; remove one")
             mask_of[key] = path
 
-    samples = []
-    for path in sorted(set(images) - set(mask_of.values())):
+    photos_of = defaultdict(list)  # mask or None: photographs
+    for path in sorted(set(photos) - set(mask_of.values())):  # --masks may lie below --data
         beside = path.parent / "masks" / path.name
-        mask = mask_of.pop(pair_key(path, root), None) or mask_of.pop(pair_key(beside, root), None)
-        samples.append(Sample(path.relative_to(root).as_posix(), path, mask))
-    for mask in mask_of.values():  # harmless
-        print(f"note      {mask} fits no image: a mask has its image's path and name")
-    if not samples:
-        raise UserError(f"no image in --data {root}, none of {', '.join(sorted(IMAGE_TYPES))}")
+        mask = mask_of.get(pair_key(path, root)) or mask_of.get(pair_key(beside, root))
+        photos_of[mask].append(path)
+
+    samples = []
+    for mask, paths in photos_of.items():
+        if mask and len(paths) > 1:
+            if not clicked:
+                raise UserError(f"{paths[0]} and {paths[1]} would share {mask}; remove one")
+            mask = None  # it could be of either
+        samples += [Sample(path.relative_to(root).as_posix(), path, mask) for path in paths]
+    samples.sort(key=lambda sample: sample.image)
     return samples
 
 
 def pair_key(path, folder):
     """The same key for a photograph and its mask."""
-    return fold(path.relative_to(folder).with_suffix("")).replace("masks", "images")
+    return comparable(path.relative_to(folder).with_suffix("")).replace("masks", "images")
 
 
-def fold(path):
+def matches(name, pattern):
+    """Whether the path of an image is this path, below this folder, or fits this glob."""
+    folder = pattern.rstrip("*/")  # compared literally: "[2021]" is a name
+    is_inside = f"{name}/".startswith(f"{folder}/")
+    return is_inside or fnmatch.fnmatchcase(name, pattern)
+
+
+def comparable(path):
     """A path or name to compare, without case and the two Unicode spellings of é."""
     return unicodedata.normalize("NFC", Path(path).as_posix()).lower()
 
 
-# ---- Data of your own: what masks hold, and clicks from a file ----
+def without_suffix(path):
+    """a.jpg → a. But plot.1 is a name."""
+    return path.with_suffix("") if path.suffix.lower() in IMAGE_TYPES else path
+
+
+# ---- Tables: what masks hold, and clicks from a file ----
 
 
 class Classes:
@@ -292,7 +501,7 @@ class Classes:
         self.known = np.zeros(2**24, bool)  # colours 0xRRGGBB
         self.table = np.full(2**24, IGNORE_INDEX, np.uint8)  # colour → class
         self.strays = Counter()
-        self.turned = 0  # masks of photographs that are stored turned
+        self.rotated = 0  # masks of photographs that EXIF rotates
         for name, value in rows:
             color = value * 0x010101 if self.by_number else int.from_bytes(bytes(value), "big")
             self.known[color] = True
@@ -305,7 +514,7 @@ class Classes:
                 hue = f"hsv({c * 222 % 360},{100 - c % 3 * 30}%,{95 - c // 3 % 3 * 25}%)"
                 self.palette.append(ImageColor.getrgb(hue) if self.by_number else value)
         # Names last: they win over numbers, so "2" is the class with the name 2.
-        self.index |= {fold(name): c for c, name in enumerate(self.names)}
+        self.index |= {comparable(name): c for c, name in enumerate(self.names)}
 
     def read_mask(self, path, photo):
         """A mask as label map (H, W) uint8, without a label where the photograph is transparent.
@@ -313,51 +522,73 @@ class Classes:
         Raises UserError if its size differs from the upright photograph's, or if over a tenth of
         its pixels have an unknown colour.
         """
-        image = open_image(path)
+        with open_image(path) as image:
+            image = rotate(image)
+            red, green, blue = (np.asarray(c, np.uint32) for c in image.convert("RGB").split())
+            color = red << 16 | green << 8 | blue  # (H, W) 0xRRGGBB
+            if self.by_number and (image.mode == "P" or image.mode == "1" and self.known[0x010101]):
+                index = np.asarray(image) * np.uint32(0x010101)  # (H, W), as a grey
+                swapped = self.known[color] & (color != index)
+                if swapped.any() and not (color % 0x010101).any():  # all of them are greys
+                    raise ValueError("its indices are not its greys (a palette out of order)")
+                color = index
         if image.size != photo.size:
             raise UserError(f"{path}: {image.size} pixels, its upright image {photo.size}")
-        if self.by_number and (image.mode == "P" or image.mode == "1" and self.known[0x010101]):
-            image = Image.fromarray(np.asarray(image).astype(np.uint8))  # indices, not colours
-        # RGBA as one big-endian number, without its A.
-        color = np.asarray(image.convert("RGBA")).view(">u4")[..., 0] >> 8  # (H, W) 0xRRGGBB
         stray = ~self.known[color]  # (H, W) bool
-        values, counts = np.unique(color[stray], return_counts=True)
-        found = Counter({f"#{v:06X}": n for v, n in zip(values, counts.tolist())})
+        found = Counter(f"#{value:06X}" for value in color[stray].tolist())
         if stray.mean() > 0.1:
             raise UserError(
                 f"{path}: {stray.mean():.0%} of the pixels have no class, {found.most_common(3)}; "
-                "say what they are in a file for --classes, and save masks as PNG, not as JPEG"
+                "say what they are in a file for --classes, and save masks as PNG of 8 bits"
             )
         # A few strays (blurred edges, a forgotten class) are reported and left unlabelled.
         self.strays += found
-        self.turned += photo.info["turned"]
+        self.rotated += photo.info["rotated"]
         label_map = torch.from_numpy(self.table[color])  # (H, W)
         label_map[transparent(photo)] = IGNORE_INDEX
         return label_map
 
 
-def read_classes(path):
-    """CSV `class,color` or `name,r,g,b`; without a file the five classes of Dubai."""
-    if path is None:
-        return Classes([*zip(CLASSES, PALETTE), *(("", color) for color in NO_LABEL)])
-    rows = []
-    for line, row in read_table(path, "class,color", "name,r,g,b"):
+def read_classes(path, clicks=None):
+    """The classes of a file for --classes; without one those of a file of clicks, or Dubai's.
+
+    Those of clicks are in alphabetical order: the same clicks in any order give the same run.
+    """
+    rows = DUBAI
+    if path:
+        rows = class_rows(path, "class,color", "name,r,g,b")
+    elif clicks:
+        found = class_rows(clicks, *CLICKS)
+        if not set(found) <= set(DUBAI):
+            rows = sorted(found) + NO_LABEL
+    if not 2 <= sum(name != "" for name, _ in rows) < IGNORE_INDEX:
+        raise UserError(f"{path or clicks}: give 2 to 254 classes")
+    return Classes(rows)
+
+
+def class_rows(path, *headers):
+    """(name, RGB colour or number) of every row of a file of classes, or of clicks with `color`."""
+    line_of = {}  # (name, colour): line
+    for line, row in read_table(path, *headers):
+        is_click = "image" in row
+        if is_click and not row.get("color"):
+            continue
+        name = row.get("class", row.get("name"))
+        color = row["color"] if "color" in row else f"rgb({row['r']},{row['g']},{row['b']})"
         with at_line(path, line):
-            name = row.get("class", row.get("name"))
-            color = row["color"] if "color" in row else f"rgb({row['r']},{row['g']},{row['b']})"
-            value = int(color) if color.isdecimal() else ImageColor.getrgb(color)[:3]
-            for other, its_value in rows:
-                if value == its_value or fold(name) == fold(other) and name:
-                    raise UserError(f"{name},{color} is taken")
+            number = color.isdecimal() and not is_click
+            value = int(color) if number else ImageColor.getrgb(color)[:3]
+            if is_click and (name, value) in line_of:
+                continue
             if np.max(value) > 255:
                 raise UserError(f"{color} is above 255")
-            rows.append((name, value))
-    # Colours and numbers cannot be mixed in one file.
-    if len({type(value) for _, value in rows}) != 1:
+            for (other, its_value), its_line in line_of.items():
+                if value == its_value or name and comparable(name) == comparable(other):
+                    raise UserError(f"{name},{color} does not fit {other} in line {its_line}")
+            line_of[name, value] = line
+    if len({type(value) for _, value in line_of}) > 1:
         raise UserError(f"{path}: give every class a colour, or every class a number")
-    if not 2 <= sum(name != "" for name, _ in rows) < IGNORE_INDEX:
-        raise UserError(f"{path}: give 2 to 254 classes")
-    return Classes(rows)
+    return list(line_of)
 
 
 def read_clicks(path, samples, classes):
@@ -369,47 +600,49 @@ def read_clicks(path, samples, classes):
     width, height: where given, the size of the upright photograph
     """
     rows_of = defaultdict(list)  # by the name of the image: each is looked up and opened once
-    for line, row in read_table(path, "image,x,y,class", "image,map_x,map_y,class"):
+    for line, row in read_table(path, *CLICKS):
         rows_of[row["image"]].append((line, row))
-    # Per sample: (y, x) → (line in the file, class).
-    found = defaultdict(dict)
+    found = defaultdict(dict)  # per sample: (y, x) → (line in the file, class)
     for name, rows in rows_of.items():
         with at_line(path, rows[0][0]):
             sample = find_image(name, samples)
-        photo = upright(sample.image)
-        hidden = transparent(photo)  # (H, W)
+        photo = open_photo(sample.image)
+        hidden, dropped = transparent(photo), 0  # (H, W)
         for line, row in rows:
             with at_line(path, line):
                 pixel, c = read_click(row, sample, photo, classes)
                 if hidden[pixel]:  # such as an orthomosaic's border
+                    dropped += 1
                     continue
                 other, its_class = found[sample].setdefault(pixel, (line, c))
                 if c != its_class:
                     raise UserError(f"this pixel has another class in line {other}")
+        if dropped:
+            print(f"note      {sample.name}: {dropped} clicks dropped, where it is transparent")
     for sample, pixels in found.items():
         # In row order, as simulated clicks are: the same clicks give the same run.
         clicks = [(x, y, c) for (y, x), (_, c) in sorted(pixels.items())]
         sample.clicks = torch.tensor(clicks)  # (P, 3)
 
 
-@contextlib.contextmanager
+@contextmanager
 def at_line(path, line):
     """Prefix errors with the file and the line."""
     try:
         yield
-    except (ValueError, KeyError) as error:  # also from float(…) and ImageColor
+    except ValueError as error:  # also from float(…) and ImageColor
         raise UserError(f"{path}: line {line}: {error}") from error
 
 
 def find_image(name, samples):
     """The one sample that a row refers to, by its path or the end of it; the suffix may differ."""
     path = Path(name.replace("\\", "/").lstrip("/"))
-    whole, stem = fold(path), fold(path.with_suffix(""))
+    whole, stem = comparable(path), comparable(without_suffix(path))
     # An exact path wins. The suffix counts least: people click on a PNG copy of a GeoTIFF.
     found = (
         [sample for sample in samples if sample.name == name]
-        or [sample for sample in samples if fold(sample.image).endswith(f"/{whole}")]
-        or [s for s in samples if fold(s.image.with_suffix("")).endswith((f"/{stem}", f"/{whole}"))]
+        or [sample for sample in samples if comparable(sample.image).endswith(f"/{whole}")]
+        or [s for s in samples if comparable(s.image.with_suffix("")).endswith(f"/{stem}")]
     )
     if len(found) != 1:
         raise UserError(f"{len(found) or 'no'} images match {name}; give its path")
@@ -425,14 +658,12 @@ def read_click(row, sample, photo, classes):
         raise UserError(f"made on {'×'.join(size)} pixels, {sample.name} has {W}×{H}")
     if "x" in row:
         x, y = float(row["x"]), float(row["y"])
-    elif photo.info["turned"]:
-        raise UserError(f"{sample.image} is stored turned; give x, y in pixels")
     else:
         x, y = map_to_pixel(sample.image, float(row["map_x"]), float(row["map_y"]))
     # The pixel is the whole part. On the far edge it is the last one.
     if not (0 <= x <= W and 0 <= y <= H):
         raise UserError(f"({x:g}, {y:g}) is outside the {W}×{H} pixels of {sample.name}")
-    name = fold(row["class"])
+    name = comparable(row["class"])
     if name not in classes.index:
         raise UserError(f"class {row['class']!r} is none of {', '.join(classes.names)}")
     return (min(int(y), H - 1), min(int(x), W - 1)), classes.index[name]
@@ -444,21 +675,26 @@ def map_to_pixel(path, map_x, map_y):
     (map_x, map_y) = A (x, y) + b, with A and b of the GeoTIFF tags (OGC 19-008r4) or a world file.
     """
     tags, world = geo_tags(path), world_file(path)
-    # Key 1025 with value 2 says PixelIsPoint: coordinates are those of pixel centres.
-    from_centre = " 1025, 0, 1, 2" in str(tags.get(34735))
-    if 34264 in tags:  # a 4×4 matrix
-        a, b, _, c, d, e, _, f = tags[34264][:8]
-    elif 33550 in tags:  # the size of a pixel, and a tie point
-        i, j, _, x, y, _ = tags[33922][:6]  # pixel (i, j) lies at (x, y)
-        a, e, _ = tags[33550]
-        b, d, e = 0, 0, -e  # north is up
-        c, f = x - a * i, y - e * j
-    elif world:
-        a, d, b, e, c, f = map(float, world.read_text().split())
-        from_centre = True  # as specified
-    else:
-        raise UserError(f"{path} has no GeoTIFF tags and no world file; give x, y in pixels")
-    x, y = np.linalg.solve([[a, b], [d, e]], [map_x - c, map_y - f])
+    # Four numbers a key. Key 1025 with value 2 says PixelIsPoint: coordinates of pixel centres.
+    keys = tags.get(34735, ())
+    from_centre = (1025, 0, 1, 2) in [keys[i : i + 4] for i in range(0, len(keys), 4)]
+    try:
+        if 34264 in tags:  # a 4×4 matrix
+            a, b, _, c, d, e, _, f = tags[34264][:8]
+        elif 33550 in tags and 33922 in tags:  # the size of a pixel, and a tie point
+            a, e, _ = tags[33550]
+            i, j, _, x, y, _ = tags[33922][:6]  # pixel (i, j) lies at (x, y)
+            b, d, e = 0, 0, -e  # north is up
+            c, f = x - a * i, y - e * j
+        elif world:
+            a, d, b, e, c, f = map(float, world.read_text().split())
+            from_centre = True  # as specified
+        else:
+            raise ValueError("no position")
+        x, y = np.linalg.solve([[a, b], [d, e]], [map_x - c, map_y - f])
+    except (TypeError, ValueError) as error:
+        lacking = f"{path} has no complete GeoTIFF tags, and no world file that fits"
+        raise UserError(f"{lacking} ({error}); give x, y in pixels") from error
     return x + from_centre / 2, y + from_centre / 2  # the centre of the first pixel is 0.5
 
 
@@ -476,7 +712,7 @@ def read_table(path, *headers):
         first = text.partition("\n")[0]
         named = first.startswith("sep=")  # Excel writes the delimiter above the header
         delimiter = first[4:5] or "," if named else max(",;\t", key=first.count)
-        csv.field_size_limit(len(text) + 1)  # notes can be long
+        csv.field_size_limit(2**31 - 1)  # notes can be long
         reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True
         )

@@ -7,7 +7,7 @@ image ─► (normalise)                            up5 (16) ─► head ─► 
   layer3 (256) ────────────── x4 ─────────────► up1 (256)                     H/16
   layer4 (512) ────────────── x5 ────────────────┘                            H/32
 
-Down on the left, up on the right. Each step up enlarges the map below to the size of the skip,
+Down on the left, up on the right. Each step up upsamples the coarser map to the skip's size,
 concatenates the two and applies (3×3 conv, BatchNorm, ReLU) twice. Channels are in parentheses.
 Odd sizes round up: H/2 means ⌈H/2⌉. Letters in shapes: N batch, C classes, H and W the size of the
 image, h and w its size after scaling.
@@ -19,23 +19,34 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torchvision.models import resnet34
 from torchvision.transforms.functional import pil_to_tensor
 
-IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
-IMAGE_TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF: where it lies, in which system
-Image.MAX_IMAGE_PIXELS = None  # orthomosaics are large
+from data import (
+    IGNORE_INDEX,
+    IMAGE_TYPES,
+    MARK,
+    UserError,
+    geo_tags,
+    list_photos,
+    open_photo,
+    reason,
+    resize,
+    transparent,
+    whole_file,
+    without_suffix,
+    world_file,
+)
 
-
-class UserError(ValueError):
-    """A user's mistake. The message names the file or the flag, and the remedy."""
+SETTINGS = ("classes", "palette", "scale", "window")  # what `predict` needs besides parameters
+WINDOWS = 64  # in a batch of `logits`
 
 
 def double_conv(inputs, outputs):
@@ -50,17 +61,17 @@ def double_conv(inputs, outputs):
     return nn.Sequential(*layers)
 
 
-def join(below, skip):
-    """Enlarge the map below to the size of the skip and concatenate the two."""
-    below = F.interpolate(below, size=skip.shape[2:])  # nearest neighbour
-    return torch.cat([below, skip], dim=1)  # the channels of both
+def join(coarse, skip):
+    """Upsample the coarser map to the skip's size and concatenate."""
+    coarse = F.interpolate(coarse, size=skip.shape[2:])  # nearest neighbour
+    return torch.cat([coarse, skip], dim=1)  # the channels of both
 
 
 class UNet(nn.Module):
     """ResNet-34 U-Net: image (N, 3, H, W) → logits (N, num_classes, H, W).
 
-    The image holds floats in [0, 1] or uint8 in 0 … 255. H and W should be at least 32, and larger
-    to train with batch size 1, since BatchNorm needs more than one value per channel.
+    The image holds floats in [0, 1] or integers in 0 … 255. H and W should be at least 32, and
+    larger to train with batch size 1, since BatchNorm needs more than one value per channel.
     weights: "imagenet" (downloaded by torchvision), None (random), or the path of a file that holds
     a ResNet-34. Raises UserError if they cannot be loaded.
     """
@@ -77,14 +88,15 @@ class UNet(nn.Module):
         self.up4 = double_conv(64 + 64, 32)
         self.up5 = double_conv(32, 16)
         self.head = nn.Conv2d(16, num_classes, 1)
-        # What `predict` needs besides the parameters. train.py sets and saves it.
+        self.to(memory_format=torch.channels_last)  # faster, in training and in prediction
+        # The SETTINGS. train.py sets and saves them.
         self.classes = []  # names
         self.palette = []  # 256 colours as Pillow wants them, R, G, B, R, …; unused ones are grey
         self.scale = 1.0  # photographs are resized by this factor first
-        self.window = 64  # side of the prediction windows, as of the training crops
+        self.window = 64  # window side for prediction = crop side in training
 
     def forward(self, image):
-        if image.dtype == torch.uint8:
+        if not image.is_floating_point():
             image = image / 255
         x0 = (image.to(self.mean.dtype) - self.mean) / self.std  # (N, 3, H, W)
         e = self.encoder
@@ -102,46 +114,55 @@ class UNet(nn.Module):
 
     @torch.inference_mode()
     def logits(self, image):
-        """Logits (C, h, w) of a whole photograph at `self.scale`, float32, on the CPU.
+        """Logits (C, h, w) of a photograph at `self.scale`, float32, on the CPU.
 
         They are blended from overlapping windows of the size of the training crops. In larger ones
         the deepest layer would see less zero padding than in training. Leaves the model in
         evaluation mode.
         """
-        pixels = shrink(upright(image), self.scale)  # (3, h, w) uint8
+        pixels = resize(open_photo(image), self.scale)  # (3, h, w) uint8
         _, h, w = pixels.shape
         side = min(h, w, self.window)
-        hat = torch.bartlett_window(side + 1)[1:]  # (side,), high in the middle
-        weight = torch.outer(hat, hat)  # (side, side)
+        rise = torch.arange(1, side + 1)
+        triangle = torch.minimum(rise, rise.flip(0))  # (side,): 1, 2, …, 2, 1
+        weight = torch.outer(triangle, triangle)  # (side, side), high in the middle
         logits = torch.zeros(self.head.out_channels, h, w)
         total = torch.zeros(h, w)
+        windows = [(rows, columns) for rows in slices(h, side) for columns in slices(w, side)]
+        device = self.mean.device
         self.eval()
-        columns = slices(w, side)
-        for rows in slices(h, side):
-            batch = torch.stack([pixels[:, rows, column] for column in columns])
-            batch = self(batch.to(self.mean.device)).cpu()  # (N, C, side, side)
-            for column, z in zip(columns, batch):
-                logits[:, rows, column] += z * weight
-                total[rows, column] += weight
+        for first in range(0, len(windows), WINDOWS):
+            batch = windows[first : first + WINDOWS]
+            crops = torch.stack([pixels[:, rows, columns] for rows, columns in batch])
+            with autocast(device, self.mean.dtype):
+                scores = self(crops.to(device))  # (N, C, side, side)
+            for (rows, columns), z in zip(batch, scores.float().cpu()):
+                logits[:, rows, columns] += z * weight
+                total[rows, columns] += weight
         return logits.div_(total)
 
     def predict(self, image):
         """Class map (H, W), a uint8 array, of a Pillow image or of the path of one.
 
-        It is 255 where the photograph is transparent.
+        It is 255 where the photograph is transparent. A large one is mapped a strip at a time.
         """
-        photo = upright(image)
-        return classify(self.logits(photo), photo).numpy()
+        class_maps = []
+        for strip, inner, _ in cut_strips(open_photo(image), self):
+            class_maps.append(classify(self.logits(strip), strip)[inner])  # without its margins
+        return torch.cat(class_maps).numpy()
 
     @classmethod
     def load(cls, path):
         """Load a checkpoint.pt written by train.py, on the CPU, ready to predict."""
         checkpoint = read_checkpoint(path)
-        if "settings" not in checkpoint:
-            raise UserError(f"{path} is not a checkpoint of this version of train.py")
-        model = cls(len(checkpoint["settings"]["classes"]), None)
-        model.load_state_dict(checkpoint["model"])
-        vars(model).update(checkpoint["settings"])  # plain attributes, not in the state_dict
+        try:
+            settings = checkpoint["settings"]
+            model = cls(len(settings["classes"]), None)
+            model.load_state_dict(checkpoint["model"])
+            for name in SETTINGS:
+                setattr(model, name, settings[name])
+        except Exception as error:  # of another version, or of something else
+            raise UserError(f"{path} is not a checkpoint of this version of train.py") from error
         return model.eval()
 
 
@@ -160,8 +181,31 @@ def classify(logits, photo):
         z = F.interpolate(z[None, None], size=size, mode="bilinear")[0, 0]  # (H, W)
         class_map[z > best] = c
         torch.maximum(best, z, out=best)
+    del best, z  # four bytes a pixel each
     class_map[transparent(photo)] = IGNORE_INDEX
     return class_map
+
+
+# ---- If you read for the method, stop here. What follows are strips, files and command lines. ----
+
+STEPS = 18  # of the windows, in a strip: more would take memory, and fewer time
+
+
+def cut_strips(photo, model):
+    """Yield strips of a photograph with margins, their rows without these, the rows of the whole.
+
+    A whole photograph at once would take 20 to 50 bytes a pixel. Strips advance by whole steps of
+    the windows, and the margins are two steps high. So all windows that reach the rows lie where
+    those of the whole would, and the map is the same where a step and the scaled photograph are
+    whole numbers of rows. Elsewhere it is nearly the same.
+    """
+    step = max(1, round(model.window * 3 // 4 / model.scale))  # as in `slices`
+    for top in range(0, photo.height, STEPS * step):
+        bottom = min(photo.height, top + STEPS * step)
+        first = max(0, top - 2 * step)
+        last = min(photo.height, bottom + 2 * step)
+        strip = photo.crop((0, first, photo.width, last))
+        yield strip, slice(top - first, bottom - first), slice(top, bottom)
 
 
 def load_encoder(weights):
@@ -171,71 +215,18 @@ def load_encoder(weights):
         del encoder.avgpool, encoder.fc
         if weights not in (None, "imagenet"):
             tensors = read_checkpoint(weights)
-            for value in list(tensors.values()):  # they may lie one level down, behind a prefix
-                tensors |= value if isinstance(value, dict) else {}
+            # They may lie one level down, and behind a prefix.
+            tensors = tensors.get("state_dict", tensors.get("model", tensors))
             last = "layer4.2.conv2.weight"
             prefix = next((n.removesuffix(last) for n in tensors if str(n).endswith(last)), "")
-            encoder.load_state_dict(
-                {
-                    name: tensors[prefix + name]
-                    for name in encoder.state_dict()
-                    if prefix + name in tensors
-                }
-            )
+            names = [name for name in encoder.state_dict() if prefix + name in tensors]
+            encoder.load_state_dict({name: tensors[prefix + name] for name in names})
     except Exception as error:  # no file, no network, no room, tensors of another size
         raise UserError(
             f"no ResNet-34 in {weights} ({reason(error)}); take --weights none, or put "
             f"resnet34-b627a593.pth into {torch.hub.get_dir()}/checkpoints"
         ) from error
     return encoder
-
-
-# ---- Photographs, and other files ----
-
-
-def upright(image):
-    """A Pillow image or a path as RGBA, rotated as a viewer shows it; info["turned"] says if so."""
-    if not isinstance(image, Image.Image):
-        image = open_image(image)
-    if "turned" in image.info:  # it is upright already
-        return image
-    orientation = image.getexif().get(274, 1)
-    photo = image.convert("RGBA")
-    # Keep only the EXIF orientation: exif_transpose rewrites all tags, and fails on odd ones.
-    photo.info = {}
-    photo.getexif()[274] = orientation
-    photo = ImageOps.exif_transpose(photo)
-    photo.info["turned"] = orientation not in (0, 1)
-    return photo
-
-
-def open_image(path) -> Image.Image:
-    """Open and decode. Raises UserError for what Pillow cannot read or would clip to 8 bits."""
-    try:
-        image = Image.open(path)
-        # ;16 is RGB of 16 bits, of which Pillow silently keeps 8.
-        deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-        image.load()
-        image.getexif()
-    except Exception as error:  # broken files raise exceptions of any type
-        raise UserError(
-            f"{path}: Pillow cannot read it ({reason(error)}); what it reads is a PNG, say, or a "
-            "TIFF of three 8-bit bands"
-        ) from error
-    if deep:
-        raise UserError(f"{path}: more than 8 bits a channel; save it with 8")
-    return image
-
-
-def transparent(photo):
-    """Where an upright photograph shows nothing, as at an orthomosaic's border: (H, W) bool."""
-    return pil_to_tensor(photo.getchannel("A"))[0] == 0
-
-
-def shrink(photo, scale):
-    """(H, W) → (3, h, w) uint8, in training and in `predict` alike. No side falls below 32."""
-    w, h = (max(32, round(side * scale)) for side in photo.size)
-    return pil_to_tensor(photo.convert("RGB").resize((w, h), Image.BILINEAR))
 
 
 def read_checkpoint(path):
@@ -246,24 +237,7 @@ def read_checkpoint(path):
         raise UserError(f"{path}: torch cannot read it ({reason(error)})") from error
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Write a binary file that appears as `path` only once it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:  # such as no space left
-        raise UserError(f"{path} was not written: {reason(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def reason(error):
-    """The message of a library's exception, in one line."""
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0][:400]
+# ---- What the command lines of train.py and unet.py share ----
 
 
 def pick_device(name):
@@ -276,7 +250,19 @@ def pick_device(name):
     return device
 
 
-# ---- The command line: from photographs to georeferenced maps ----
+def precision(device):
+    """bfloat16 where a device has instructions for it (most CUDA devices, some CPUs)."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = able.get("amx_bf16") or able.get("avx512_bf16")
+    if device.type == "cuda":  # not where it is only emulated
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
+
+
+def autocast(device, dtype=torch.float32):
+    """Let a float32 network compute in that precision, in training and in prediction alike."""
+    fast = dtype == torch.float32 and precision(device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, fast)
 
 
 class Parser(argparse.ArgumentParser):
@@ -290,47 +276,85 @@ def run(command):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter prints a "?"
     try:
         command()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        clear_line()
+        sys.exit(f"error: {str(error) or 'interrupted'}")
 
 
-def geo_tags(path):
-    """The georeferencing tags of a GeoTIFF; {} for any other file."""
-    with contextlib.suppress(Exception), Image.open(path) as image:
-        return {tag: image.tag_v2[tag] for tag in GEO_TAGS if tag in image.tag_v2}
-    return {}
+def show_progress(text, started, done, to_go):
+    """How far and how long yet, on a terminal: one line that is written over and over."""
+    if sys.stdout.isatty():
+        minutes = (time.time() - started) * to_go / done / 60
+        print(f"{text}  {minutes:.1f} min left", end="\x1b[K\r", flush=True)
 
 
-def world_file(path):
-    """The world file beside a.jpg, such as a.jgw or a.wld, or None."""
-    short = f"{path.suffix[:2]}{path.suffix[-1:]}w"  # .jpg → .jgw
-    files = [path.with_suffix(suffix) for suffix in (short.lower(), short.upper(), ".wld")]
-    return next(filter(Path.is_file, files), None)
+def clear_line():
+    if sys.stdout.isatty():
+        print(end="\x1b[K", flush=True)
 
 
-def write_maps(model, path, target, confidence):
-    """Write the class map and, if wanted, the confidence, georeferenced as the photograph is."""
-    photo = upright(path)
-    logits = model.logits(photo)  # (C, h, w)
-    class_map = classify(logits, photo)  # (H, W)
-    pictures = {target: Image.fromarray(class_map.numpy())}
-    pictures[target].putpalette(model.palette)
+# ---- The command line: from photographs to georeferenced maps ----
+
+
+def map_files(path, stem, confidence):
+    """The files to write for a photograph: its class map, its confidence, their world files."""
+    suffix = ".tif" if geo_tags(path) else ".png"
+    files = [Path(f"{stem}{suffix}")]
     if confidence:
-        sure = logits.softmax(0).amax(0) * 255  # (h, w)
-        sure = Image.fromarray(sure.byte().numpy()).resize(photo.size)
-        pictures[target.with_stem(f"{target.stem}_confidence")] = sure
-    tags, world = geo_tags(path), world_file(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        with whole_file(name) as file:
-            picture.save(file, "TIFF" if tags else "PNG", tiffinfo=tags)
-        if world and not tags and not photo.info["turned"]:
-            name.with_suffix(".pgw").write_bytes(world.read_bytes())
-    counts = class_map.flatten().bincount(minlength=256)[:-1]  # (255,), without transparent
-    shares = [f" {name} {n / counts.sum():.1%}" for name, n in zip(model.classes, counts)]
-    print(target, *shares)
+        files.append(Path(f"{stem}_confidence{suffix}"))
+    if world_file(path):  # .pgw for .png, .tfw for .tif
+        files += [file.with_suffix(f"{suffix[:2]}{suffix[-1]}w") for file in files]
+    return files
+
+
+def largest_probability(logits, photo):
+    """Logits (C, h, w) → largest probability 0 … 255, 0 where transparent: (H, W) uint8."""
+    small = (logits.softmax(0).amax(0) * 255).byte()  # (h, w)
+    confidence = pil_to_tensor(Image.fromarray(small.numpy()).resize(photo.size))[0]  # (H, W)
+    confidence[transparent(photo)] = 0
+    return confidence
+
+
+@torch.inference_mode()
+def write_maps(model, path, files, confidence):
+    """Write the `map_files` of a photograph, georeferenced as it is. They appear together.
+
+    Yields the share of the photograph that is done, after every strip.
+    """
+    photo = open_photo(path)
+    layers = torch.empty(1 + confidence, photo.height, photo.width, dtype=torch.uint8)
+    for strip, inner, rows in cut_strips(photo, model):
+        logits = model.logits(strip)  # (C, h, w)
+        layers[0, rows] = classify(logits, strip)[inner]
+        if confidence:
+            layers[1, rows] = largest_probability(logits, strip)[inner]
+        yield rows.stop / photo.height
+    del photo  # it is large
+    pictures = [Image.fromarray(layer.numpy()) for layer in layers]  # (H, W)
+    pictures[0].putpalette(model.palette)
+
+    tags = geo_tags(path)
+    exif = Image.Exif()  # Pillow writes it as the tags of a TIFF, too
+    exif.update(tags | {305: MARK})
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(whole_file(file)) for file in files]
+            for stream, picture in zip(streams, pictures):
+                form = "TIFF" if tags else "PNG"
+                picture.save(stream, form, exif=exif, compression="tiff_deflate")
+            for stream in streams[len(pictures) :]:
+                stream.write(world_file(path).read_bytes())
+    except BaseException:  # also Ctrl-C between two of them: all or nothing
+        for file in files:  # none of which was there before
+            file.unlink(missing_ok=True)
+        raise
+    counts = pictures[0].histogram()[:IGNORE_INDEX]  # without transparent
+    shares = ["transparent everywhere"]
+    if any(counts):
+        shares = [f"{name} {n / sum(counts):.1%}" for name, n in zip(model.classes, counts)]
+    clear_line()
+    print(files[0], *shares)
 
 
 def main():
@@ -344,33 +368,42 @@ def main():
     args = parser.parse_args()
     model = UNet.load(args.checkpoint).to(pick_device(args.device))
     photos = []
-    for path in args.photos:
-        below = [
-            file
-            for file in sorted(path.rglob("[!.]*"))
-            if file.suffix.lower() in IMAGE_TYPES
-            and not file.parent.name.startswith("masks")
-            and args.out not in file.parents
-        ]
-        photos += below or [path]
-    top = os.path.commonpath([path.absolute().parent for path in photos])
-    plan = {}
+    for path in args.photos:  # as train.py lists them
+        photos += list_photos(path) if path.is_dir() else [path]
+    if not photos:
+        raise UserError(f"no photograph in {path}, none of {', '.join(IMAGE_TYPES)}")
+
+    # Plan everything before anything is computed.
+    top = os.path.commonpath([os.path.abspath(path.parent) for path in photos])
+    plan, taken, kept, failed = {}, set(), [], 0
     for path in photos:
-        target = args.out / path.absolute().relative_to(top)
-        target = target.with_suffix(".tif" if geo_tags(path) else ".png")
-        if target.exists() or target in plan:  # before anything is computed
-            print(f"error: {path}: {target} exists", file=sys.stderr)
+        stem = without_suffix(args.out / os.path.relpath(path, top))
+        files = map_files(path, stem, args.confidence)
+        if taken.intersection(files):
+            print(f"error: {path}: another photograph has the map {files[0]}", file=sys.stderr)
+            failed += 1
+        elif any(file.exists() for file in files):
+            kept.append(path)
         else:
-            plan[target] = path
-    written = 0
-    for target, path in plan.items():
+            plan[path] = files
+        taken.update(files)
+    if kept:
+        print(f"note      {len(kept)} photographs have maps in {args.out}, such as {kept[0]}: kept")
+    if not plan:
+        raise UserError(f"nothing is left to do; for new maps take another folder than {args.out}")
+
+    started = time.time()
+    for number, (path, files) in enumerate(plan.items()):
         try:
-            write_maps(model, path, target, args.confidence)
-            written += 1
+            for part in write_maps(model, path, files, args.confidence):
+                done = number + part  # photographs
+                show_progress(f"{path}  {part:.0%}", started, done, len(plan) - done)
         except Exception as error:  # noqa: BLE001 (the others may be fine)
-            told = reason(error)
-            print(f"error: {told if str(path) in told else f'{path}: {told}'}", file=sys.stderr)
-    sys.exit(written < len(photos))  # 1 if any is missing
+            failed += 1
+            told = reason(error).removeprefix(f"{path}: ")
+            clear_line()
+            print(f"error: {path}: {told}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
