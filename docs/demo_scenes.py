@@ -22,7 +22,8 @@ from PIL.ImageFilter import GaussianBlur
 
 from data import CLASSES, NO_LABEL, PALETTE
 
-# A label is a row of the colours in PALETTE, followed by those in NO_LABEL.
+# A label is a row of COLORS.
+COLORS = [*PALETTE, *(color for _, color in NO_LABEL)]
 BUILDING, LAND, ROAD, VEGETATION, WATER, UNLABELED, NO_DATA = range(7)
 
 SAND = (188, 168, 132)
@@ -70,7 +71,7 @@ PARTS = 9  # scenes per tile, as in the real dataset
 
 def make_demo(root: Path) -> None:
     """Write all scenes and classes.csv to the folder `root`."""
-    colors = np.array(PALETTE + NO_LABEL, np.uint8)  # (7, 3), one row per label
+    colors = np.array(COLORS, np.uint8)  # (7, 3), one row per label
     for number, (folder, tile) in enumerate(TILES.items()):
         images = root / folder / "images"
         masks = root / folder / "masks"
@@ -93,7 +94,7 @@ def write_classes(path: Path) -> None:
     """Write the colour of each class. A row without a name is a colour that means no label."""
     names = (*CLASSES, "", "")
     lines = ["class,color"]
-    for name, color in zip(names, PALETTE + NO_LABEL):
+    for name, color in zip(names, COLORS):
         code = bytes(color).hex().upper()
         lines.append(f"{name},#{code}")
     path.write_text("\n".join(lines) + "\n")

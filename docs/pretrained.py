@@ -15,10 +15,12 @@ unet.py cannot read them. Neither package is a dependency of this project.
 
 import sys
 
+import torch
 from torch import nn
 
 import train
-from unet import UNet, UserError, double_conv, read_checkpoint, run
+from data import UserError
+from unet import UNet, double_conv, read_checkpoint, run
 
 WEIGHTS = {"imagenet": "imagenet", "random": "none"}  # what train.py calls them
 
@@ -69,6 +71,7 @@ class EfficientUNet(UNet):
         self.up2 = double_conv(256 + 40, 128)  # block 4, H/8
         self.up3 = double_conv(128 + 24, 64)  # block 2, H/4
         self.up4 = double_conv(64 + 16, 32)  # block 0, H/2
+        self.to(memory_format=torch.channels_last)  # as UNet's constructor does
 
 
 def load(path):
@@ -77,12 +80,18 @@ def load(path):
     return UNet.load(path) if ours else EfficientUNet.load(path)
 
 
-def main():
-    weights, *flags = sys.argv[1:] or ["--help"]
+def parse_args(words):
+    """The options of train.py, after the weights."""
+    weights, *flags = words or ["--help"]
     if weights not in WEIGHTS:
         sys.exit(__doc__)
     args = train.parse_args(["--weights", WEIGHTS[weights], *flags])
     args.network = "efficientnet-lite0"  # for config.json, by which docs/results.py knows it
+    return args
+
+
+def main():
+    args = parse_args(sys.argv[1:])
     train.UNet = EfficientUNet
     train.main(args)
 

@@ -4,9 +4,9 @@ python -m docs.results runs/*  adds the finished ones to docs/results.csv, then 
 python -m docs.results         reads docs/results.csv, prints the table, draws docs/curve.png
 
 Collect the runs of a GPU on its machine: that is where the GPU's name is read. A row is one run:
-its command, its seed, its device, and the scores of its last epoch. The same run again replaces
-its row. Minutes are those of training alone, without scoring.
-docs/results_b1aa324.csv has the rows of the version before, whose minutes include the scoring.
+its command, its seed, its device, the commit that is checked out when it is added, and the scores
+of its last epoch. The same run again replaces its row. Minutes are those of training alone, without
+scoring. The plot shows the device and the commit that have most of the plain runs.
 """
 
 import csv
@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -64,6 +65,8 @@ def collect(folder):
             row[name] = score
     for name in ("device", "torch", "precision", "threads"):
         row[name] = config[name]
+    git = ["git", "rev-parse", "--short=7", "HEAD"]
+    row["commit"] = subprocess.check_output(git, cwd=DOCS, text=True).strip()
     if config["device"] == "cuda" and torch.cuda.is_available():  # which one?
         row["device"] = torch.cuda.get_device_name()
     return row
@@ -72,11 +75,13 @@ def collect(folder):
 def command(config):
     """What to type for a run with this config.json, without what is in UNTOLD."""
     default = vars(parse_args([]))
-    words = ["python train.py"]
+    words = ["python", "train.py"]
     given = {"weights"} if config["demo"] else set()  # by --demo itself
     if "network" in config:
         encoder = "imagenet" if config["weights"] == "imagenet" else "random"
-        words, given = [f"python -m docs.pretrained {encoder}"], {"weights"}
+        words, given = ["python", "-m docs.pretrained", encoder], {"weights"}
+    if "mean" in config:  # an encoder's name follows it, too
+        words[1] = "-m docs.plain_mean"
     words.append("--demo" if config["demo"] else "--data DIR")
     for name in default:  # in the order of `python train.py --help`
         value = config[name]
@@ -98,7 +103,7 @@ def read_rows(path):
 
 
 def key(row):
-    return row["command"], row["seed"], device(row)
+    return row["command"], row["seed"], device(row), row["commit"]
 
 
 def device(row):
@@ -119,16 +124,17 @@ def in_order(text):
 
 def print_table(rows):
     """Mean and spread of the runs of each command, which differ in their seed alone."""
-    runs_of = defaultdict(list)  # by command and device
+    runs_of = defaultdict(list)  # by command, device and commit
     for row in rows:
-        runs_of[row["command"], device(row)].append(row)
-    print("| command | held-out mIoU | pixel accuracy | minutes | seeds | device |")
-    print("|---|---|---|---|---|---|")
-    for (words, where), runs in runs_of.items():
+        runs_of[row["command"], device(row), row["commit"]].append(row)
+    print("| command | held-out mIoU | pixel accuracy | minutes | seeds | device | commit |")
+    print("|---|---|---|---|---|---|---|")
+    for (words, where, commit), runs in runs_of.items():
         miou, accuracy = spread(runs, "miou"), spread(runs, "pixel_accuracy")
         minutes = statistics.median(float(run["minutes"]) for run in runs)
         seeds = ", ".join(run["seed"] for run in runs)
-        print(f"| `{words}` | {miou} | {accuracy} | {minutes:.1f} | {seeds} | {where} |")
+        scores = f"{miou} | {accuracy} | {minutes:.1f} | {seeds}"
+        print(f"| `{words}` | {scores} | {where} | {commit} |")
 
 
 def spread(runs, name):
@@ -147,11 +153,15 @@ def curves(rows):
     """Two panels: series → tick → mIoU of each seed, from the plain runs of one device."""
     over_epochs = {"100 clicks": defaultdict(list), "dense masks": defaultdict(list)}
     over_clicks = {"20 epochs": defaultdict(list)}
-    # A few runs repeated on another device must not count twice.
-    usual = statistics.mode(device(row) for row in rows)
+    plain = []
     for row in rows:
-        plain = re.sub(r" --(epochs|points) \w+", "", row["command"])
-        if plain != "python train.py --data DIR --weights none" or device(row) != usual:
+        command = re.sub(r" --(epochs|points) \w+", "", row["command"])
+        if command == "python train.py --data DIR --weights none":
+            plain.append(row)
+    # A few runs repeated on another device or by another version must not count twice.
+    usual = statistics.mode((device(row), row["commit"]) for row in plain)
+    for row in plain:
+        if (device(row), row["commit"]) != usual:
             continue
         miou, points, epochs = float(row["miou"]), row["points"], row["epochs"]
         if points in ("100", "all"):  # the panel on the left
@@ -171,6 +181,8 @@ def plot(panels, path):
         for scores in series.values():
             for seeds in scores.values():
                 values += seeds
+    if not values:  # no such run yet
+        return
     low, high = int(min(values) * 20), int(max(values) * 20) + 1  # in steps of 0.05
     for column, (title, series) in enumerate(panels.items()):
         panel = Image.new("RGB", PANEL, "white")

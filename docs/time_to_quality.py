@@ -24,8 +24,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 from pfce import partial_focal_cross_entropy
-from train import evaluate, is_fast_at_bfloat16
-from unet import UNet, pick_device, run, upright
+from train import evaluate
+from unet import UNet, autocast, pick_device, run
 
 SIDE, BATCH, POINTS = 256, 8, 100
 CLASSES = len(data.CLASSES)  # that count in the score: all but Unlabeled
@@ -36,10 +36,12 @@ class Plain(UNet):
 
     @torch.inference_mode()
     def predict(self, image):
-        photo = upright(image)
+        photo = data.open_photo(image)
         self.eval()
-        logits = self(squash(photo)[None].to(self.mean.device))  # (1, 6, 256, 256)
-        logits = logits[:, :CLASSES].cpu()
+        device = self.mean.device
+        with autocast(device):  # as in `UNet.logits`
+            logits = self(squash(photo)[None].to(device))  # (1, 6, 256, 256)
+        logits = logits[:, :CLASSES].float().cpu()
         logits = F.interpolate(logits, photo.size[::-1], mode="bilinear")  # (1, 5, H, W)
         return logits[0].argmax(0).to(torch.uint8).numpy()  # (H, W)
 
@@ -53,27 +55,27 @@ def train_plain(training, device, epochs, seed):
     """The trained network of the plain recipe. Prints what it took."""
     # Dubai's five classes, Unlabeled as a sixth. Black stays without a label.
     five = data.read_classes(None).rows[:CLASSES]
-    six = data.Classes([*five, ("Unlabeled", data.NO_LABEL[0]), ("", data.NO_LABEL[1])])
+    (_, grey), black = data.NO_LABEL
+    six = data.Classes([*five, ("Unlabeled", grey), black])
     images, masks = [], []
     for sample in training:
-        photo = upright(sample.image)
+        photo = data.open_photo(sample.image)
         mask = six.read_mask(sample.mask, photo)  # (H, W)
         images.append(squash(photo))
         masks.append(F.interpolate(mask[None, None], (SIDE, SIDE))[0, 0])  # (256, 256)
     images = torch.stack(images)  # (M, 3, 256, 256)
 
     torch.manual_seed(seed)
-    model = Plain(len(six.names), None).to(device, memory_format=torch.channels_last)
+    model = Plain(len(six.names), None).to(device)
     model.mean.zero_()  # no normalisation
     model.std.fill_(1)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    low_precision = bool(is_fast_at_bfloat16(device))  # as in train.py
     started = time.time()
     for _ in range(epochs):
         for batch in torch.randperm(len(images), generator=generator).split(BATCH):
             labels = torch.stack([fresh_clicks(masks[i], generator) for i in batch])
-            with torch.autocast(device.type, torch.bfloat16, low_precision):
+            with autocast(device):  # as in train.py
                 logits = model(images[batch].to(device))  # (N, 6, 256, 256)
             loss = partial_focal_cross_entropy(logits, labels.to(device))
             optimizer.zero_grad()

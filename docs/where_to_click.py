@@ -3,7 +3,9 @@
     python -m docs.where_to_click STRATEGY NUMBER --data DIR --seed 0 --out FILE.csv
 
 puts NUMBER clicks on every training image of DIR, those of the default split or without
---hold-out. The rest stays unclicked, and `train.py --data DIR --clicks FILE.csv` scores it.
+--hold-out. The rest stays unclicked, and `train.py --data DIR --clicks FILE.csv` scores it. People
+leave unequal numbers: for 10-1000, each image gets a number of its own, and as many images get 10
+to 100 clicks as 100 to 1000.
 
     uniform      any labelled pixel: the very clicks that `train.py --points NUMBER` draws
     grid         one in each cell of 10 × 10, or of that many cells at random
@@ -17,7 +19,7 @@ puts NUMBER clicks on every training image of DIR, those of the default split or
 The last three look at the maps of a trained model, `--model runs/…/checkpoint.pt`. With
 `--clicks FILE` the new clicks are added to those, and no pixel is clicked twice. So a shell loop
 can do rounds: click, train, click where the model is unsure, train anew. Where a cell, a class or
-the maps have too few such pixels, the rest are uniform: all images get equally many.
+the maps have too few such pixels, the rest are uniform: every image gets its whole number.
 """
 
 import itertools
@@ -29,8 +31,8 @@ import torch.nn.functional as F
 import data
 from data import IGNORE_INDEX, sample_points
 from docs.pretrained import load
-from train import at_least, click_rows, seed_for, to_csv, write
-from unet import Parser, pick_device, run, upright
+from train import at_least, click_rows, to_csv, write
+from unet import Parser, pick_device, run
 
 SIDE = 10  # cells in a row and in a column of the grid
 NO_CLICKS = torch.empty(0, 3, dtype=torch.int64)
@@ -126,13 +128,13 @@ def least(mask, margin):
 
 def click(sample, legend, model, strategy, n, seed):
     """Give a sample n clicks more."""
-    photo = upright(sample.image)
+    photo = data.open_photo(sample.image)
     mask = legend.read_mask(sample.mask, photo)  # (H, W)
     if sample.clicks is None:
         sample.clicks = NO_CLICKS
     # The generator of train.py for the first clicks, another one in every round.
     number = 1 + len(sample.clicks)
-    generator = torch.Generator().manual_seed(seed_for(seed, sample.name, number))
+    generator = torch.Generator().manual_seed(data.seed_for(seed, sample.name, number))
     mask = without(mask, sample.clicks)
     chosen = mask
     if model:
@@ -141,23 +143,38 @@ def click(sample, legend, model, strategy, n, seed):
         logits = F.interpolate(logits, mask.shape, mode="bilinear")  # (1, C, H, W)
         chosen = narrow(mask, strategy, logits[0])
     clicks = DRAW[strategy](chosen, n, generator)  # (n, 3) or fewer
-    # All images get equally many.
+    # Every image gets its whole number.
     rest = sample_points(without(mask, clicks), n - len(clicks), generator)
     sample.clicks = torch.cat([sample.clicks, clicks, rest])
+
+
+def low_high(text):
+    """An argparse type: "100" → (100, 100), "10-1000" → (10, 1000)."""
+    low, _, high = text.partition("-")
+    low = at_least(1)(low)
+    return low, at_least(low)(high or low)
+
+
+def how_many(numbers, name, seed):
+    """The number of clicks on an image, from low to high: its logarithm is uniform."""
+    low, high = numbers
+    generator = torch.Generator().manual_seed(data.seed_for(seed, f"how many on {name}"))
+    share = torch.rand((), generator=generator).item()
+    return round(low * (high / low) ** share)
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("strategy", choices=DRAW)
-    add("number", type=at_least(1), help="of new clicks on every image")
+    add("number", type=low_high, help="of new clicks on every image, or from-to, as in 10-1000")
     add("--data", required=True, metavar="DIR", help="images with masks")
     add("--classes", metavar="FILE", help="CSV class,color [Dubai's five]")
     add("--hold-out", metavar="PATTERN", help="never click these [last 2 of each folder]")
     add("--clicks", metavar="FILE", help="the clicks that were made before")
     add("--model", metavar="FILE", help="checkpoint.pt of a run on them")
     add("--seed", type=int, default=0, help="[0]")
-    add("--out", required=True, type=Path, metavar="FILE", help="CSV image,x,y,class")
+    add("--out", required=True, type=Path, metavar="FILE", help="CSV image,x,y,class,color")
     args = parser.parse_args()
     looks = args.strategy in ("unsure", "unsure-grid", "wrong")
     if looks != bool(args.model):
@@ -169,9 +186,10 @@ def main():
     if args.clicks:
         data.read_clicks(args.clicks, training, legend)  # not `samples`: these alone count
     for sample in training:
-        click(sample, legend, model, args.strategy, args.number, args.seed)
+        n = how_many(args.number, sample.name, args.seed)
+        click(sample, legend, model, args.strategy, n, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write(args.out, to_csv(["image", "x", "y", "class"], click_rows(training, legend)))
+    write(args.out, to_csv(["image", "x", "y", "class", "color"], click_rows(training, legend)))
     print(args.out)
 
 
