@@ -40,7 +40,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 CLASSES = ("Building", "Land", "Road", "Vegetation", "Water")
 PALETTE = ((60, 16, 152), (132, 41, 246), (110, 193, 228), (254, 221, 58), (226, 169, 41))
-NO_LABEL = [("", (155, 155, 155)), ("", (0, 0, 0))]  # Unlabeled, and black: 0.6 % of the pixels
+NO_LABEL = [("", (155, 155, 155)), ("", (0, 0, 0))]  # "Unlabeled", and stray black: 1.1 %
 IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
 
 
@@ -57,7 +57,7 @@ class Sample:
 
 
 def split(samples, pattern, clicked):
-    """(training, held-out) samples. With your clicks, images without any label are in neither.
+    """(training, held-out) samples. If `clicked`, those with neither clicks nor mask are in none.
 
     Held out are the images that match `pattern`: a path, a folder or a glob. Without one: those
     with a mask but no clicks or, if nothing was clicked, the last two of every folder.
@@ -101,7 +101,7 @@ def split(samples, pattern, clicked):
 def sample_points(mask, n, generator=None):
     """The simulated annotator: n labelled pixels of a label map (H, W) as clicks (n, 3).
 
-    Every set of n is equally likely. If fewer than n are labelled, all of them. In row order.
+    Every set of n is equally likely. All of them if fewer than n are labelled. In row order.
     (Bearman et al. 2016, arXiv:1506.02106, click on objects. Here no objects are needed.)
     """
     y, x = (mask != IGNORE_INDEX).nonzero(as_tuple=True)  # (M,) each
@@ -135,8 +135,8 @@ def prepare(sample, classes, points, seed, scale, size):
     image = resize(photo, scale)  # (3, h, w) uint8
     _, h, w = image.shape
     labels = paint(sample.clicks, photo.size, (h, w))  # (h, w) uint8
-    # Stacked, so that crops and flips act on image and label alike. Images smaller than a crop are
-    # padded with white that has no label.
+    # Image and label are stacked, so that crops and flips act on both alike. Images smaller than a
+    # crop are padded with white that has no label.
     pixels = torch.cat([image, labels[None]])  # (4, h, w)
     padding = (0, max(0, size - w), 0, max(0, size - h))  # right and below
     sample.pixels = F.pad(pixels, padding, value=IGNORE_INDEX)
@@ -153,7 +153,7 @@ def truth_map(sample, photo, classes):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Item i is a square around a random label of image i, rotated and flipped: (4, S, S) uint8."""
+    """Item i is a random square of image i around a label, rotated and flipped: (4, S, S) uint8."""
 
     def __init__(self, samples, size):
         self.size = size
@@ -191,7 +191,7 @@ def seed_for(seed, what, number=1):
     return int.from_bytes(digest[:7], "big")
 
 
-# ---- If you read for the method, stop here. What follows accepts other people's files. ----
+# ---- If you read for the method, stop here. The rest opens other people's files. ----
 
 IMAGE_TYPES = ".bmp .gif .jfif .jp2 .jpeg .jpg .png .tif .tiff .webp".split()  # noqa: SIM905
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # whatever the suffix says
@@ -224,13 +224,13 @@ class UserError(ValueError):
 
 
 def open_photo(image):
-    """A path or a Pillow image as RGBA, upright as a viewer shows it; info["rotated"] says if so.
+    """A path or a Pillow image as RGBA, upright as a viewer shows it. info["rotated"]: by EXIF.
 
     Alpha is 0 where nothing is shown. Raises UserError for what Pillow cannot read, or misreads.
     """
     if "rotated" in getattr(image, "info", ()):
         return image  # it was opened here
-    with open_image(image) as image:
+    with open_image(image) as image:  # noqa: PLR1704
         opacity = tiff_opacity(image) if image.format == "TIFF" else None
         image = image.convert("RGBA")  # under the same name, so that what was decoded is freed
         # Soft edges have less than a tenth of the pixels.
@@ -265,7 +265,7 @@ def open_image(image):
         yield image
     except Exception as error:  # broken files raise exceptions of any type
         raise UserError(
-            f"{name}: {reason(error)}; save it upright, with three 8-bit bands or one"
+            f"{name}: {reason(error)}; what is read is upright, of three 8-bit bands or one"
         ) from error
 
 
@@ -662,10 +662,14 @@ def read_click(row, sample, photo, classes):
         x, y = map_to_pixel(sample.image, float(row["map_x"]), float(row["map_y"]))
     # The pixel is the whole part. On the far edge it is the last one.
     if not (0 <= x <= W and 0 <= y <= H):
-        raise UserError(f"({x:g}, {y:g}) is outside the {W}×{H} pixels of {sample.name}")
+        raise UserError(
+            f"({x:g}, {y:g}) is outside the {W}×{H} pixels of {sample.name} (map_x, map_y?)"
+        )
     name = comparable(row["class"])
     if name not in classes.index:
-        raise UserError(f"class {row['class']!r} is none of {', '.join(classes.names)}")
+        raise UserError(
+            f"class {row['class']!r} is none of {', '.join(classes.names)}: give --classes"
+        )
     return (min(int(y), H - 1), min(int(x), W - 1)), classes.index[name]
 
 

@@ -17,9 +17,9 @@ You may have these four lines in mind:
     loss = alpha * (1 - p) ** gamma * ce
     loss = loss[target != 255].mean()
 
-They compute the same number, but a softmax at every pixel, of which one in 600 may be labelled.
-`1 - p` rounds to 0 where p is nearly 1, so that the gradient is nan if γ < 1. The mean of no pixel
-is nan, too. Here, unlabelled pixels are never touched, and all three cases are exact.
+They give the same number, but take a softmax at every pixel, of which one in 600 may be labelled.
+`1 - p` rounds to 0 where p is nearly 1, so that the gradient is nan if 0 < γ < 1. The mean of no
+pixel is nan, too. Here, unlabelled pixels are never touched, and neither nan occurs.
 
 This file depends only on torch, so that you can copy it into your project.
 """
@@ -46,8 +46,9 @@ def partial_focal_cross_entropy(
         there is no label
 
     The loss is exactly 0, with zero gradients, if no pixel is labelled. ValueError if an argument
-    does not fit. On a GPU it synchronises twice. For the exact mean over several batches or
-    processes, divide `reduction="sum"` by the number of labels in all of them.
+    does not fit. On a GPU it synchronises twice, and once more if alpha is a tensor there. For the
+    exact mean over several batches or processes, divide `reduction="sum"` by the number of labels
+    in all of them.
     """
     alpha = check_options(gamma, alpha, ignore_index, reduction)
     check_tensors(logits, target)
@@ -57,7 +58,7 @@ def partial_focal_cross_entropy(
     m = target != ignore_index  # (N, *spatial)
     limits = torch.iinfo(target.dtype)
     if not limits.min <= ignore_index <= limits.max:
-        m = torch.ones_like(m)  # as a uint8, −1 would wrap around to class 255
+        m = torch.ones_like(m)  # no pixel can equal it, but −1 would wrap to 255
     where = m.nonzero(as_tuple=True)  # one index (P,) per dimension of target
     y = target[where].long()  # (P,)
     # Check their extremes alone, with one GPU synchronisation.
@@ -66,8 +67,8 @@ def partial_focal_cross_entropy(
         got = f"got {lowest if lowest < 0 else highest} with {ignore_index=}"
         raise ValueError(f"target must lie in 0…{C - 1} or be ignore_index, {got}")
 
-    # 2. Gather their logits z from the contiguous view. The gradient has the layout of the view:
-    # in the other one it would cost the convolution below 8 to 15 ms at 8×6×256×256.
+    # 2. Gather their logits z from the contiguous view. The gradient takes this view's layout. In
+    # the other one, the convolution before the loss takes 8 to 15 ms longer at 8×6×256×256.
     last = logits.movedim(1, -1)  # (N, *spatial, C), contiguous where logits are channels_last
     n, *position = where
     z = last[where] if last.is_contiguous() else logits[(n, slice(None), *position)]  # (P, C)
@@ -119,11 +120,11 @@ def check_options(gamma, alpha, ignore_index, reduction):
 
     A tensor for gamma or ignore_index is logits or target in the wrong place.
     """
-    hint = "logits and target go to the instance, not to the class"
+    hint = "for a tensor .item(); logits and target go to the instance, not to the class"
     if not isinstance(gamma, Real) or not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be a number >= 0, got {gamma!r:.20}; {hint}")
     if not isinstance(ignore_index, Integral):
-        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r:.20}; {hint}")
+        raise ValueError(f"ignore_index must be an integer: {ignore_index!r:.20}")  # noqa: TRY004
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if hasattr(alpha, "tolist"):

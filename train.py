@@ -54,7 +54,7 @@ OPTIONS = {  # default, smallest number, meaning
     "alpha": (0.25, 0.0, "factor of the loss"),  # as one number, it only scales the loss
     "weights": ("imagenet", None, "imagenet, none or a file"),
     "score_every": (1, 1, "score every so many epochs, and the last"),
-    "seed": (0, 0, "of all random draws"),  # same command, machine and threads: same numbers
+    "seed": (0, 0, "of all random draws"),  # same command, machine and threads, same numbers
     "device": (None, None, "cuda, mps or cpu [the first there is]"),
     "out": (None, None, "new or empty folder [runs/<date-time>]"),
     "resume": (None, None, "folder of a run to continue with its own options"),
@@ -113,7 +113,7 @@ def main(args):
     # 6. The folder of the run, new or resumed.
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}  # by their state_dict
     names = [sample.name for sample in training]
-    history = []  # a row of metrics.csv for every epoch
+    history = []  # a row of metrics.csv for every epoch; every checkpoint holds those so far
     state = {"rows": classes.rows, "settings": settings, "names": names, "history": history}
     clicks = to_csv(["image", "x", "y", "class", "color"], click_rows(training, classes))
     if checkpoint:
@@ -159,7 +159,7 @@ def main(args):
             schedule.step()
             total += loss.item() * len(batch)
             progress = f"epoch {epoch}/{args.epochs}  {step}/{steps}  loss {loss:.4f}"
-            if not model.head.bias.isfinite().all():  # as after a loss that is not
+            if not model.head.bias.isfinite().all():  # nan, as after a step too long
                 raise UserError(f"{progress}: the network is not finite; try a lower --lr")
             to_go = (args.epochs - epoch + 1) * steps - step
             show_progress(progress, started, step, to_go)
@@ -170,6 +170,7 @@ def main(args):
         history.append(row)
         # In this order: a run that is killed between the two repeats the epoch, and loses nothing.
         write(out / "metrics.csv", to_csv(columns, history))
+        # A finished run needs no optimiser.
         save_checkpoint(out, state, parts if epoch < args.epochs else {"model": model})
         score = f"  mIoU {row['miou']:.3f}" if "miou" in row else ""
         clear_line()
@@ -207,7 +208,7 @@ def evaluate(model, held_out, classes):
     return {name: round(score.item(), 6) for name, score in scores.items() if score.isfinite()}
 
 
-# ---- If you read for the method, stop here. What follows prints, draws and writes it down. ----
+# ---- If you read for the method, stop here. The rest prints, draws and writes files. ----
 
 
 def draw_picture(path, model, classes, training, held_out):
@@ -359,7 +360,7 @@ def to_csv(columns, rows):
 def parse_args(argv=None):
     """What was typed over the options of --demo or of the run to resume, these over the defaults.
 
-    Of the options of a run to resume, only where its files are and the device may change.
+    Of the options of a run to resume, only the paths of its files and the device may change.
     """
     parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     for name, (default, smallest, text) in OPTIONS.items():

@@ -7,10 +7,10 @@ image ─► (normalise)                            up5 (16) ─► head ─► 
   layer3 (256) ────────────── x4 ─────────────► up1 (256)                     H/16
   layer4 (512) ────────────── x5 ────────────────┘                            H/32
 
-Down on the left, up on the right. Each step up upsamples the coarser map to the skip's size,
-concatenates the two and applies (3×3 conv, BatchNorm, ReLU) twice. Channels are in parentheses.
-Odd sizes round up: H/2 means ⌈H/2⌉. Letters in shapes: N batch, C classes, H and W the size of the
-image, h and w its size after scaling.
+Down on the left; on the right, read from the bottom up. Each step up upsamples the coarser map to
+the skip's size, concatenates the two and applies (3×3 conv, BatchNorm, ReLU) twice. Channels are in
+parentheses. Odd sizes round up: H/2 means ⌈H/2⌉. Letters in shapes: N batch, C classes, H and W the
+size of the image, h and w its size after scaling.
 
     python unet.py runs/…/checkpoint.pt PHOTO… --out maps     a class map of every photograph
 """
@@ -46,7 +46,7 @@ from data import (
 )
 
 SETTINGS = ("classes", "palette", "scale", "window")  # what `predict` needs besides parameters
-WINDOWS = 64  # in a batch of `logits`
+WINDOW_BATCH = 64  # windows at a time
 
 
 def double_conv(inputs, outputs):
@@ -116,8 +116,8 @@ class UNet(nn.Module):
     def logits(self, image):
         """Logits (C, h, w) of a photograph at `self.scale`, float32, on the CPU.
 
-        They are blended from overlapping windows of the size of the training crops. In larger ones
-        the deepest layer would see less zero padding than in training. Leaves the model in
+        They are blended from overlapping windows of the size of the training crops. Larger ones
+        would hold less zero padding than the network was trained with. Leaves the model in
         evaluation mode.
         """
         pixels = resize(open_photo(image), self.scale)  # (3, h, w) uint8
@@ -131,8 +131,8 @@ class UNet(nn.Module):
         windows = [(rows, columns) for rows in slices(h, side) for columns in slices(w, side)]
         device = self.mean.device
         self.eval()
-        for first in range(0, len(windows), WINDOWS):
-            batch = windows[first : first + WINDOWS]
+        for first in range(0, len(windows), WINDOW_BATCH):
+            batch = windows[first : first + WINDOW_BATCH]
             crops = torch.stack([pixels[:, rows, columns] for rows, columns in batch])
             with autocast(device, self.mean.dtype):
                 scores = self(crops.to(device))  # (N, C, side, side)
@@ -186,13 +186,13 @@ def classify(logits, photo):
     return class_map
 
 
-# ---- If you read for the method, stop here. What follows are strips, files and command lines. ----
+# ---- If you read for the method, stop here. The rest is strips, files and command lines. ----
 
-STEPS = 18  # of the windows, in a strip: more would take memory, and fewer time
+STEPS = 18  # of the windows, in a strip; more need memory, fewer cost time
 
 
 def cut_strips(photo, model):
-    """Yield strips of a photograph with margins, their rows without these, the rows of the whole.
+    """Yield strips of a photograph with margins, each with its own rows in it, and in the whole.
 
     A whole photograph at once would take 20 to 50 bytes a pixel. Strips advance by whole steps of
     the windows, and the margins are two steps high. So all windows that reach the rows lie where
@@ -246,7 +246,7 @@ def pick_device(name):
         device = torch.device(name or torch.accelerator.current_accelerator(True) or "cpu")
         torch.ones(1, device=device).item()
     except Exception as error:  # each backend has exceptions of its own
-        raise UserError(f"--device {name}: {reason(error)}; try --device cpu") from error
+        raise UserError(f"--device {name or ''}: {reason(error)}; try --device cpu") from error
     return device
 
 
