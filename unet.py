@@ -188,7 +188,7 @@ def classify(logits, photo):
 
 # ---- If you read for the method, stop here. The rest is strips, files and command lines. ----
 
-STEPS = 18  # of the windows, in a strip; more need memory, fewer cost time
+STEPS = 22  # window steps per strip; more need memory, fewer cost time
 
 
 def cut_strips(photo, model):
