@@ -39,7 +39,7 @@ from unet import (
 
 OPTIONS = {  # default, smallest number, meaning
     "data": (None, None, "folder of your photographs [data, from Kaggle]"),
-    "masks": (None, None, "folder of their masks [masks for images]"),  # by the same path
+    "masks": (None, None, "folder of their masks [masks for images]"),
     "hold_out": (None, None, "images to score, never to train on [last 2 per folder]"),
     "classes": (None, None, "CSV class,color [those of the clicks, or Dubai's five]"),
     "clicks": (None, None, "CSV image,x,y,class: your clicks"),
@@ -54,7 +54,7 @@ OPTIONS = {  # default, smallest number, meaning
     "alpha": (0.25, 0.0, "factor of the loss"),  # as one number, it only scales the loss
     "weights": ("imagenet", None, "imagenet, none or a file"),
     "score_every": (1, 1, "score every so many epochs, and the last"),
-    "seed": (0, 0, "of all random draws"),  # same command, machine and threads, same numbers
+    "seed": (0, 0, "of all random draws"),  # same machine, same numbers
     "device": (None, None, "cuda, mps or cpu [the first there is]"),
     "out": (None, None, "new or empty folder [runs/<date-time>]"),
     "resume": (None, None, "folder of a run to continue with its own options"),
@@ -106,14 +106,14 @@ def main(args):
     # 5. The optimiser. A pretrained encoder learns at a tenth of the decoder's rate.
     decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": model.encoder.parameters()}, {"params": decoder}]
-    rates = [args.lr if args.weights == "none" else args.lr / 10, args.lr]  # at their peak
+    rates = [args.lr if args.weights == "none" else args.lr / 10, args.lr]  # peaks
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps * args.epochs)
 
     # 6. The folder of the run, new or resumed.
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}  # by their state_dict
     names = [sample.name for sample in training]
-    history = []  # a row of metrics.csv for every epoch; every checkpoint holds those so far
+    history = []  # a row of metrics.csv for every epoch; part of `state`
     state = {"rows": classes.rows, "settings": settings, "names": names, "history": history}
     clicks = to_csv(["image", "x", "y", "class", "color"], click_rows(training, classes))
     if checkpoint:
@@ -265,7 +265,7 @@ def draw_cells(sample, model, classes, size):
 def describe(samples, training, held_out, classes):
     """Print what the network is trained on, with notes on likely problems."""
     labels = torch.cat([sample.pixels[3].flatten() for sample in training])
-    counts = labels.bincount(minlength=256)[: len(classes.names)].tolist()  # without IGNORE_INDEX
+    counts = labels.bincount(minlength=256)[: len(classes.names)].tolist()  # not 255
     area = sum(sample.area for sample in training)  # without the padding of small images
     print(f"data      {len(training)} images to train on, {len(held_out)} held out to score")
     print(
