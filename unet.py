@@ -329,6 +329,7 @@ def write_maps(model, path, files, confidence):
         layers[0, rows] = classify(logits, strip)[inner]
         if confidence:
             layers[1, rows] = largest_probability(logits, strip)[inner]
+        del logits  # before the next ones are made
         yield rows.stop / photo.height
     del photo  # it is large
     pictures = [Image.fromarray(layer.numpy()) for layer in layers]  # (H, W)
