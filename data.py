@@ -33,8 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, TiffImagePlugin
-from PIL.Image import Transpose
+from PIL import Image, ImageColor, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -202,15 +201,7 @@ FOLDER = "Semantic segmentation dataset"  # what the archive unzips to
 NUMBERS = {"x", "y", "map_x", "map_y", "width", "height"}  # columns of a file of clicks
 DUBAI = [*zip(CLASSES, PALETTE), *NO_LABEL]  # rows of Classes
 CLICKS = ("image,x,y,class", "image,map_x,map_y,class")  # their headers
-ROTATE = {  # EXIF orientation → what makes the picture upright
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
+ROTATED = range(2, 9)  # EXIF orientations, all but 1
 Image.MAX_IMAGE_PIXELS = None  # orthomosaics are large
 # An internal mask of GDAL: a page of photometric interpretation 4, which Pillow does not know.
 TiffImagePlugin.OPEN_INFO[TiffImagePlugin.II, 4, (1,), 1, (1,), ()] = ("1", "1")
@@ -238,9 +229,8 @@ def open_photo(image):
             raise ValueError("its fourth band is no opacity (near infrared?)")
     if opacity is not None:
         image.putalpha(Image.fromarray(opacity & np.asarray(image.getchannel("A"))))
-    photo = rotate(image)
-    photo.info = {"rotated": photo is not image}
-    return photo
+    image.info = {"rotated": rotate(image)}
+    return image
 
 
 @contextmanager
@@ -253,6 +243,9 @@ def open_image(image):
     try:
         if not isinstance(image, Image.Image):
             image = Image.open(image, formats=FORMATS)
+        # Pillow follows an orientation in XMP, and in ImageMagick's own chunk. No viewer does.
+        for key in ("xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            image.info.pop(key, None)
         # ;16 is RGB of 16 bits, of which Pillow silently keeps 8.
         if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
             raise ValueError("more than 8 bits a channel")
@@ -290,18 +283,13 @@ def tiff_opacity(image):
 
 
 def rotate(image):
-    """The picture as a viewer shows it, by its EXIF."""
-    method = ROTATE.get(tags_of(image).get(274))
-    return image if method is None else image.transpose(method)
-
-
-def tags_of(image):
-    """TIFF or EXIF tags. Not those in XMP, which Pillow mixes in and no viewer follows."""
-    if hasattr(image, "tag_v2"):
-        return image.tag_v2
-    exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))
-    return exif
+    """Rotate a picture in place by its EXIF, as a viewer shows it. Returns whether it had to."""
+    exif = image.getexif()
+    for tag in set(exif) - {274}:  # Pillow would write them again, and fail at an odd one
+        del exif[tag]
+    rotated = exif.get(274) in ROTATED
+    ImageOps.exif_transpose(image, in_place=True)
+    return rotated
 
 
 def transparent(photo):
@@ -316,9 +304,9 @@ def resize(photo, scale):
 
 
 def read_tags(path):
-    """The TIFF or EXIF tags of a file, {} where Pillow cannot read it."""
-    with suppress(Exception), Image.open(path) as image:
-        return dict(tags_of(image))
+    """The TIFF or EXIF tags of a picture, {} where it cannot be read."""
+    with suppress(Exception), open_image(path) as image:
+        return dict(image.getexif())
     return {}
 
 
@@ -332,7 +320,7 @@ def world_file(path):
 
     None, too, where EXIF rotates the photograph: it fits the pixels as they are stored.
     """
-    if read_tags(path).get(274) in ROTATE:
+    if read_tags(path).get(274) in ROTATED:
         return None
     suffix = path.suffix  # .jpg
     for name in (f"{suffix[:2]}{suffix[-1:]}w", f"{suffix}w", ".wld"):
@@ -517,13 +505,13 @@ class Classes:
         self.index |= {comparable(name): c for c, name in enumerate(self.names)}
 
     def read_mask(self, path, photo):
-        """A mask as label map (H, W) uint8, without a label where the photograph is transparent.
+        """A mask as label map (H, W) uint8, without a label where it or the photograph shows nothing.
 
         Raises UserError if its size differs from the upright photograph's, or if over a tenth of
         its pixels have an unknown colour.
         """
         with open_image(path) as image:
-            image = rotate(image)
+            rotate(image)
             red, green, blue = (np.asarray(c, np.uint32) for c in image.convert("RGB").split())
             color = red << 16 | green << 8 | blue  # (H, W) 0xRRGGBB
             if self.by_number and (image.mode == "P" or image.mode == "1" and self.known[0x010101]):
@@ -546,6 +534,8 @@ class Classes:
         self.rotated += photo.info["rotated"]
         label_map = torch.from_numpy(self.table[color])  # (H, W)
         label_map[transparent(photo)] = IGNORE_INDEX
+        if "A" in image.getbands():
+            label_map[transparent(image)] = IGNORE_INDEX
         return label_map
 
 

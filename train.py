@@ -93,8 +93,6 @@ def main(args):
     model = UNet(len(classes.names), weights).to(device)
     model.classes, model.palette = classes.names, palette_of(classes)
     model.scale, model.window = args.scale, args.size
-    # What `predict` needs besides the parameters goes into the checkpoint.
-    settings = {name: getattr(model, name) for name in SETTINGS}
 
     # 4. The crops. Images are drawn in proportion to their area.
     crops = max(len(training) * CROPS_PER_IMAGE, args.batch_size * MIN_STEPS)  # in an epoch
@@ -110,24 +108,17 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps * args.epochs)
 
-    # 6. The folder of the run, new or resumed.
+    # 6. The folder of the run. A run that is resumed gets its state back here.
+    history = []  # a row of metrics.csv for every epoch
+    state = {
+        "rows": classes.rows,
+        "settings": {name: getattr(model, name) for name in SETTINGS},  # what `predict` needs
+        "names": [sample.name for sample in training],
+        "history": history,
+    }
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}  # by their state_dict
-    names = [sample.name for sample in training]
-    history = []  # a row of metrics.csv for every epoch; part of `state`
-    state = {"rows": classes.rows, "settings": settings, "names": names, "history": history}
     clicks = to_csv(["image", "x", "y", "class", "color"], click_rows(training, classes))
-    if checkpoint:
-        out = Path(args.resume)
-        if names != checkpoint["names"] or clicks != (out / "clicks.csv").read_bytes():
-            raise UserError(f"--resume {out} used different images or clicks")
-        history += checkpoint["history"]
-        for name in parts.keys() & checkpoint.keys():  # of a finished run, the model alone
-            parts[name].load_state_dict(checkpoint[name])
-    else:
-        out = create_run(args, device)
-        print(f"run       {out}: if it is interrupted, go on with --resume {out}")
-        write(out / "clicks.csv", clicks)
-        save_checkpoint(out, state, parts)
+    out = open_run(args, device, checkpoint, clicks, state, parts)
     describe(samples, training, held_out, classes)
     print(
         f"training  {args.epochs} epochs of {steps} steps on {device} in {precision(device)}, "
@@ -304,6 +295,23 @@ def checkpoint_of(args):
     if args.out and any(Path(args.out).glob("*")):
         raise UserError(f"--out {args.out} is not empty; take another, or --resume it")
     return None
+
+
+def open_run(args, device, checkpoint, clicks, state, parts):
+    """The folder of the run: a new one, or that of `checkpoint`, which fills `state` and `parts`."""
+    if not checkpoint:
+        out = create_run(args, device)
+        print(f"run       {out}: if it is interrupted, go on with --resume {out}")
+        write(out / "clicks.csv", clicks)
+        save_checkpoint(out, state, parts)
+        return out
+    out = Path(args.resume)
+    if state["names"] != checkpoint["names"] or clicks != (out / "clicks.csv").read_bytes():
+        raise UserError(f"--resume {out} used different images or clicks")
+    state["history"] += checkpoint["history"]
+    for name in parts.keys() & checkpoint.keys():  # of a finished run, the model alone
+        parts[name].load_state_dict(checkpoint[name])
+    return out
 
 
 def create_run(args, device):
