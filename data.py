@@ -39,11 +39,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 CLASSES = ("Building", "Land", "Road", "Vegetation", "Water")
 PALETTE = ((60, 16, 152), (132, 41, 246), (110, 193, 228), (254, 221, 58), (226, 169, 41))
-NO_LABEL = [("", (155, 155, 155)), ("", (0, 0, 0))]  # "Unlabeled", and stray black: 1.1 %
+NO_LABEL = [("", (155, 155, 155)), ("", (0, 0, 0))]  # "Unlabeled", and stray black
 IGNORE_INDEX = 255  # in label maps: no label; in class maps: transparent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # two are equal only if they are the same object
 class Sample:
     """One photograph and what is known about it."""
 
@@ -56,7 +56,7 @@ class Sample:
 
 
 def split(samples, pattern, clicked):
-    """(training, held-out) samples. If `clicked`, those with neither clicks nor mask are in none.
+    """(training, held-out) samples. If `clicked`, only those with clicks are trained on.
 
     Held out are the images that match `pattern`: a path, a folder or a glob. Without one: those
     with a mask but no clicks or, if nothing was clicked, the last two of every folder.
@@ -87,7 +87,7 @@ def split(samples, pattern, clicked):
                 f"{sample.image} has no mask; expected at the same path with masks for images, or "
                 "below --masks DIR. Or click on it and give --clicks FILE"
             )
-    # Drop what is not used, so that nobody can use it by mistake later.
+    # Clicked images lose their masks, and those scored on masks their clicks.
     for sample in training:
         if sample.clicks is not None:
             sample.mask = None
@@ -211,6 +211,26 @@ class UserError(ValueError):
     """A user's mistake. The message names the file or the flag, and the remedy."""
 
 
+@contextmanager
+def whole_file(path):
+    """Write a binary file that appears as `path` only once it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # no space left; torch raises RuntimeError
+        raise UserError(f"{path} was not written: {reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def reason(error):
+    """The message of a library's exception, in one line."""
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0][:400]
+
+
 # ---- Photographs, and other pictures ----
 
 
@@ -237,7 +257,7 @@ def open_photo(image):
 def open_image(image):
     """Open a picture by its path, or take a Pillow image, and refuse what Pillow would misread.
 
-    Whatever goes wrong until the end of the block is one line that names the file.
+    A Pillow image loses its XMP. Whatever goes wrong until the end of the block is one line that names the file.
     """
     name = getattr(image, "filename", image)
     try:
@@ -330,26 +350,6 @@ def world_file(path):
     return None
 
 
-@contextmanager
-def whole_file(path):
-    """Write a binary file that appears as `path` only once it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # no space left; torch raises RuntimeError
-        raise UserError(f"{path} was not written: {reason(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def reason(error):
-    """The message of a library's exception, in one line."""
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0][:400]
-
-
 # ---- Folders: the photographs and their masks ----
 
 
@@ -410,8 +410,11 @@ def is_mask(path, root):
 
 def list_photos(root):
     """The photographs below a folder: all images but masks, and maps, which unet.py marks."""
-    images = [path for path in list_images(root) if not is_mask(path, root)]
-    return [path for path in images if read_tags(path).get(305) != MARK]
+    return [
+        path
+        for path in list_images(root)
+        if not is_mask(path, root) and read_tags(path).get(305) != MARK
+    ]
 
 
 def find_samples(root, masks=None, clicked=False):
@@ -508,7 +511,7 @@ class Classes:
         """A mask as label map (H, W) uint8, without a label where it or the photograph shows nothing.
 
         Raises UserError if its size differs from the upright photograph's, or if over a tenth of
-        its pixels have an unknown colour.
+        its pixels show an unknown colour.
         """
         with open_image(path) as image:
             rotate(image)
@@ -522,7 +525,8 @@ class Classes:
                 color = index
         if image.size != photo.size:
             raise UserError(f"{path}: {image.size} pixels, its upright image {photo.size}")
-        stray = ~self.known[color]  # (H, W) bool
+        hidden = transparent(photo) | transparent(image.convert("RGBA"))  # (H, W) bool
+        stray = ~self.known[color] & ~hidden.numpy()  # (H, W) bool
         found = Counter(f"#{value:06X}" for value in color[stray].tolist())
         if stray.mean() > 0.1:
             raise UserError(
@@ -532,11 +536,7 @@ class Classes:
         # A few strays (blurred edges, a forgotten class) are reported and left unlabelled.
         self.strays += found
         self.rotated += photo.info["rotated"]
-        label_map = torch.from_numpy(self.table[color])  # (H, W)
-        label_map[transparent(photo)] = IGNORE_INDEX
-        if "A" in image.getbands():
-            label_map[transparent(image)] = IGNORE_INDEX
-        return label_map
+        return torch.from_numpy(self.table[color]).masked_fill_(hidden, IGNORE_INDEX)
 
 
 def read_classes(path, clicks=None):

@@ -40,7 +40,7 @@ from unet import (
 OPTIONS = {  # default, smallest number, meaning
     "data": (None, None, "folder of your photographs [data, from Kaggle]"),
     "masks": (None, None, "folder of their masks [masks for images]"),
-    "hold_out": (None, None, "images to score, never to train on [last 2 per folder]"),
+    "hold_out": (None, None, "images to score only [unclicked masks, or last 2 per folder]"),
     "classes": (None, None, "CSV class,color [those of the clicks, or Dubai's five]"),
     "clicks": (None, None, "CSV image,x,y,class: your clicks"),
     "demo": (False, None, "docs/demo with --weights none"),
@@ -74,7 +74,7 @@ def main(args):
     else:
         classes = data.read_classes(args.classes, args.clicks)
     samples = data.find_samples(data.find_dataset(args.data), args.masks, bool(args.clicks))
-    if args.clicks:  # masks of clicked images are never read
+    if args.clicks:  # masks of images trained on are never read
         data.read_clicks(args.clicks, samples, classes)
     training, held_out = data.split(samples, args.hold_out, bool(args.clicks))
 
@@ -116,7 +116,7 @@ def main(args):
         "names": [sample.name for sample in training],
         "history": history,
     }
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}  # by their state_dict
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}  # saved as state_dicts
     clicks = to_csv(["image", "x", "y", "class", "color"], click_rows(training, classes))
     out = open_run(args, device, checkpoint, clicks, state, parts)
     describe(samples, training, held_out, classes)
@@ -150,7 +150,7 @@ def main(args):
             schedule.step()
             total += loss.item() * len(batch)
             progress = f"epoch {epoch}/{args.epochs}  {step}/{steps}  loss {loss:.4f}"
-            if not model.head.bias.isfinite().all():  # nan, as after a step too long
+            if not model.head.bias.isfinite().all():  # a step too long ends in nan
                 raise UserError(f"{progress}: the network is not finite; try a lower --lr")
             to_go = (args.epochs - epoch + 1) * steps - step
             show_progress(progress, started, step, to_go)
@@ -169,7 +169,7 @@ def main(args):
 
     # 8. The scores of the last epoch, and a picture of them.
     for name in columns[3:]:
-        if name in history[-1]:  # unlike a class that no held-out image has
+        if name in history[-1]:  # unlike a class neither there nor predicted
             print(f"  {name:<20} {history[-1][name]:.3f}")
     draw_picture(out / "predictions.png", model, classes, training, held_out)
     print(f"in {out}: predictions.png, metrics.csv, checkpoint.pt, clicks.csv, config.json")
@@ -179,7 +179,7 @@ def evaluate(model, held_out, classes):
     """Scores on all labelled pixels of the held-out images, from one confusion matrix.
 
     IoU of a class = TP / (TP + FP + FN) (Everingham et al. 2010). A score without a pixel to judge
-    it by, such as that of a class that is nowhere, is left out.
+    it by, such as that of a class neither there nor predicted, is left out.
     """
     # One matrix for all images: a mean of their scores would count small ones like large ones.
     C = len(classes.names)
@@ -238,7 +238,7 @@ def draw_cells(sample, model, classes, size):
         picture = ImageOps.contain(picture, size, Image.Resampling.NEAREST)  # mixes no colours
         return picture.convert("RGB")
 
-    # Clicks are drawn on a small copy, so that their dots are as large in every picture.
+    # Clicks are drawn on a small copy, so that dots have one size everywhere.
     photo = open_photo(sample.image)
     small = ImageOps.contain(photo.convert("RGB"), size)
     dots = truth = None
@@ -308,7 +308,7 @@ def open_run(args, device, checkpoint, clicks, state, parts):
     out = Path(args.resume)
     if state["names"] != checkpoint["names"] or clicks != (out / "clicks.csv").read_bytes():
         raise UserError(f"--resume {out} used different images or clicks")
-    state["history"] += checkpoint["history"]
+    state["history"] += checkpoint["history"]  # in place: it is the list of `main`
     for name in parts.keys() & checkpoint.keys():  # of a finished run, the model alone
         parts[name].load_state_dict(checkpoint[name])
     return out
@@ -368,7 +368,7 @@ def to_csv(columns, rows):
 def parse_args(argv=None):
     """What was typed over the options of --demo or of the run to resume, these over the defaults.
 
-    Of the options of a run to resume, only the paths of its files and the device may change.
+    Of a run to resume, only --data, --masks, --clicks and --device may change.
     """
     parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     for name, (default, smallest, text) in OPTIONS.items():
@@ -401,9 +401,10 @@ def parse_args(argv=None):
         if "data" in typed:
             parser.error("--demo has its own images: drop --data")
         options |= {"data": f"{Path(__file__).resolve().parent}/docs/demo", "weights": "none"}
-    if "clicks" in typed and "points" in typed:
+    options |= typed
+    if options["clicks"] and options["points"] != 100:
         parser.error("--points simulates clicks: drop it beside --clicks")
-    return argparse.Namespace(**options | typed)
+    return argparse.Namespace(**options)
 
 
 def at_least(low):

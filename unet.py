@@ -10,7 +10,7 @@ image ─► (normalise)                            up5 (16) ─► head ─► 
 Down on the left; on the right, read from the bottom up. Each step up upsamples the coarser map to
 the skip's size, concatenates the two and applies (3×3 conv, BatchNorm, ReLU) twice. Channels are in
 parentheses. Odd sizes round up: H/2 means ⌈H/2⌉. Letters in shapes: N batch, C classes, H and W the
-size of the image, h and w its size after scaling.
+size of what comes in, h and w that of a photograph after scaling.
 
     python unet.py runs/…/checkpoint.pt PHOTO… --out maps     a class map of every photograph
 """
@@ -186,18 +186,33 @@ def classify(logits, photo):
     return class_map
 
 
+def precision(device):
+    """bfloat16 where a device has instructions for it (most CUDA devices, some CPUs)."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = able.get("amx_bf16") or able.get("avx512_bf16")
+    if device.type == "cuda":  # not where it is only emulated
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
+
+
+def autocast(device, dtype=torch.float32):
+    """Let a float32 network compute in `precision(device)`, in training and in prediction alike."""
+    fast = dtype == torch.float32 and precision(device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, fast)
+
+
 # ---- If you read for the method, stop here. The rest is strips, files and command lines. ----
 
 STEPS = 22  # window steps per strip; more need memory, fewer cost time
 
 
 def cut_strips(photo, model):
-    """Yield strips of a photograph with margins, each with its own rows in it, and in the whole.
+    """Yield (strip with margins, slice of its own rows in it, slice of them in the photograph).
 
     A whole photograph at once would take 20 to 50 bytes a pixel. Strips advance by whole steps of
     the windows, and the margins are two steps high. So all windows that reach the rows lie where
     those of the whole would, and the map is the same where a step and the scaled photograph are
-    whole numbers of rows. Elsewhere it is nearly the same.
+    whole numbers of rows, and the photograph is a window wide. Elsewhere it is nearly the same.
     """
     step = max(1, round(model.window * 3 // 4 / model.scale))  # as in `slices`
     for top in range(0, photo.height, STEPS * step):
@@ -248,21 +263,6 @@ def pick_device(name):
     except Exception as error:  # each backend has exceptions of its own
         raise UserError(f"--device {name or ''}: {reason(error)}; try --device cpu") from error
     return device
-
-
-def precision(device):
-    """bfloat16 where a device has instructions for it (most CUDA devices, some CPUs)."""
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = able.get("amx_bf16") or able.get("avx512_bf16")
-    if device.type == "cuda":  # not where it is only emulated
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
-
-
-def autocast(device, dtype=torch.float32):
-    """Let a float32 network compute in that precision, in training and in prediction alike."""
-    fast = dtype == torch.float32 and precision(device) == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, fast)
 
 
 class Parser(argparse.ArgumentParser):
