@@ -6,7 +6,7 @@ python -m docs.results         reads docs/results.csv, prints the table, draws d
 Collect the runs of a GPU on its machine: that is where the GPU's name is read. A row is one run:
 its command, its seed, its device, the commit that is checked out when it is added, and the scores
 of its last epoch. The same run again replaces its row. Minutes are those of training alone, without
-scoring. The plot shows the device and the commit that have most of the plain runs.
+scoring. The plot shows the device that has most of the plain runs.
 """
 
 import csv
@@ -150,7 +150,7 @@ def spread(runs, name):
 
 
 def curves(rows):
-    """Two panels: series → tick → mIoU of each seed, from the plain runs of one device."""
+    """Two panels: series → tick → mIoU of each seed, from the plain runs of the usual device."""
     over_epochs = {"100 clicks": defaultdict(list), "dense masks": defaultdict(list)}
     over_clicks = {"20 epochs": defaultdict(list)}
     plain = []
@@ -158,11 +158,10 @@ def curves(rows):
         command = re.sub(r" --(epochs|points) \w+", "", row["command"])
         if command == "python train.py --data DIR --weights none":
             plain.append(row)
-    # A few runs repeated on another device or by another version must not count twice.
-    usual = statistics.mode((device(row), row["commit"]) for row in plain)
-    for row in plain:
-        if (device(row), row["commit"]) != usual:
-            continue
+    # A run that was repeated on another device or by another version must not count twice.
+    usual = statistics.mode(device(row) for row in plain)
+    once = {(row["command"], row["seed"]): row for row in plain if device(row) == usual}
+    for row in once.values():
         miou, points, epochs = float(row["miou"]), row["points"], row["epochs"]
         if points in ("100", "all"):  # the panel on the left
             name = "100 clicks" if points == "100" else "dense masks"
