@@ -262,7 +262,7 @@ def test_every_memory_layout_and_integer_type_gives_the_same(layout, dtype):
 
 
 class CountOperations(TorchDispatchMode):
-    """Those that compute something (25 µs each on a GPU), and those that wait for a result."""
+    """Those that compute something (30 µs each on a GPU), and those that wait for a result."""
 
     count = waits = 0
 

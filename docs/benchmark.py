@@ -5,7 +5,7 @@ python -m docs.benchmark --large                the loss at 8×6×1024×1024, to
 python -m docs.benchmark runs/…/checkpoint.pt   prediction of 6000×6000 and 10 000×10 000 pixels
 
 Beside the time of a loss stands the number of its operations, forward and backward, since on a GPU
-each costs some 25 µs however small it is. Those that only look at a tensor in another way (views)
+each costs some 30 µs however small it is. Those that only look at a tensor in another way (views)
 are not counted.
 
 The step is compared with the U-Net of segmentation_models_pytorch if that is installed. It is no

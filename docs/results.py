@@ -182,7 +182,8 @@ def plot(panels, path):
                 values += seeds
     if not values:  # no such run yet
         return
-    low, high = int(min(values) * 20), int(max(values) * 20) + 1  # in steps of 0.05
+    # In steps of 0.05, with room for the name of the highest line.
+    low, high = int(min(values) * 20), int(max(values) * 20 + 0.5) + 1
     for column, (title, series) in enumerate(panels.items()):
         panel = Image.new("RGB", PANEL, "white")
         draw_panel(ImageDraw.Draw(panel), title, series, low, high)
