@@ -257,7 +257,8 @@ def open_photo(image):
 def open_image(image):
     """Open a picture by its path, or take a Pillow image, and refuse what Pillow would misread.
 
-    A Pillow image loses its XMP. Whatever goes wrong until the end of the block is one line that names the file.
+    A Pillow image loses its XMP. Whatever goes wrong until the end of the block is one line that
+    names the file.
     """
     name = getattr(image, "filename", image)
     try:
@@ -508,7 +509,7 @@ class Classes:
         self.index |= {comparable(name): c for c, name in enumerate(self.names)}
 
     def read_mask(self, path, photo):
-        """A mask as label map (H, W) uint8, without a label where it or the photograph shows nothing.
+        """A mask as label map (H, W) uint8, with no label where it or the photograph is transparent.
 
         Raises UserError if its size differs from the upright photograph's, or if over a tenth of
         its pixels show an unknown colour.

@@ -1,4 +1,4 @@
-"""Every test but those in docs/: a list of promises. A name says what would be broken if it failed."""
+"""All tests but those in docs/: a list of promises. A name says what is broken if it fails."""
 
 import csv
 import http.server

@@ -298,7 +298,7 @@ def checkpoint_of(args):
 
 
 def open_run(args, device, checkpoint, clicks, state, parts):
-    """The folder of the run: a new one, or that of `checkpoint`, which fills `state` and `parts`."""
+    """The folder of a new run, or of the run of `checkpoint`, which fills `state` and `parts`."""
     if not checkpoint:
         out = create_run(args, device)
         print(f"run       {out}: if it is interrupted, go on with --resume {out}")
@@ -402,7 +402,7 @@ def parse_args(argv=None):
             parser.error("--demo has its own images: drop --data")
         options |= {"data": f"{Path(__file__).resolve().parent}/docs/demo", "weights": "none"}
     options |= typed
-    if options["clicks"] and options["points"] != 100:
+    if options["clicks"] and options["points"] != 100:  # typed, or of the run to resume
         parser.error("--points simulates clicks: drop it beside --clicks")
     return argparse.Namespace(**options)
 
