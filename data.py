@@ -509,7 +509,7 @@ class Classes:
         self.index |= {comparable(name): c for c, name in enumerate(self.names)}
 
     def read_mask(self, path, photo):
-        """A mask as label map (H, W) uint8, with no label where it or the photograph is transparent.
+        """A mask as label map (H, W) uint8, unlabelled where it or the photograph is transparent.
 
         Raises UserError if its size differs from the upright photograph's, or if over a tenth of
         its pixels show an unknown colour.
