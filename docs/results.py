@@ -158,11 +158,12 @@ def curves(rows):
         command = re.sub(r" --(epochs|points) \w+", "", row["command"])
         if command == "python train.py --data DIR --weights none":
             plain.append(row)
-    # A run that was repeated on another device, or in another precision, must not count twice.
+    # A run that was repeated must not count twice: in the usual precision it counts, else the
+    # last one does.
     usual = statistics.mode(device(row) for row in plain)
     plain = [row for row in plain if device(row) == usual]
-    usual = statistics.mode(row["precision"] for row in plain)
-    plain.sort(key=lambda row: row["precision"] == usual)  # of two, the last one counts
+    precision = statistics.mode(row["precision"] for row in plain)
+    plain.sort(key=lambda row: row["precision"] == precision)  # later rows replace earlier ones
     once = {(row["command"], row["seed"]): row for row in plain}
     for row in once.values():
         miou, points, epochs = float(row["miou"]), row["points"], row["epochs"]
